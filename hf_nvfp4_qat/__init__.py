@@ -1,0 +1,33 @@
+"""NVFP4 quantization-aware training for plain Hugging Face: the weight you trained is, bit for bit, the weight served.
+
+Importing this package registers the quantizer ``nvfp4_qat`` with Transformers and does nothing else.
+"""
+
+# Numerics: what NVFP4 is
+from hf_nvfp4_qat.numerics.quantize import fake_quantize_nvfp4, quantize_nvfp4
+from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+
+# Training: make a model train in NVFP4, and see what that covers
+from hf_nvfp4_qat.modules.swap import coverage, refresh_global_scales
+from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
+from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
+
+# Checkpoints: out, back in, and the check
+from hf_nvfp4_qat.checkpoint.save import save_nvfp4
+from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
+from hf_nvfp4_qat.quantizer.load import load_nvfp4
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NVFP4QATConfig",
+    "NVFP4Tensor",
+    "coverage",
+    "fake_quantize_nvfp4",
+    "load_nvfp4",
+    "prepare_qat",
+    "quantize_nvfp4",
+    "refresh_global_scales",
+    "save_nvfp4",
+    "verify_nvfp4",
+]

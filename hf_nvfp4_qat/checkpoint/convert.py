@@ -1,0 +1,195 @@
+"""Checkpoint to checkpoint, without a model in memory: post-training quantization, and back.
+
+Weights stream from file to file. Quantizing needs each fused group's largest magnitude first, so it reads the weights
+twice: once for the global scales, once to pack.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, CheckpointReader, resolve_checkpoint, staged_files
+from hf_nvfp4_qat.checkpoint.load import check_packed
+from hf_nvfp4_qat.checkpoint.names import (
+    INPUT_GLOBAL_SCALE,
+    PACKED,
+    SERVED_DTYPE,
+    checkpoint_layout,
+    from_checkpoint,
+    layer_of,
+    quantized_layers,
+)
+from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, packed_config, write_weights
+from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, skeleton
+from hf_nvfp4_qat.checkpoint.stream import TensorSource, check_packed_count, ignored_layers
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.swap import qat_modules, swap_linears
+from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what is being done, weights done, weights in all)."""
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def ptq_sources(
+    directory: Path, *, preset: str, exclude: tuple[str, ...], progress: Progress
+) -> tuple[list[TensorSource], PreTrainedModel, CheckpointReader]:
+    """What post-training quantization makes of an unquantized checkpoint: sources, skeleton and reader.
+
+    Raises:
+        ValueError: the checkpoint is quantized already, cannot be read, or lacks a weight to be quantized.
+    """
+    reader = CheckpointReader(directory)
+    if existing := reader.config().get("quantization_config"):
+        raise ValueError(
+            f"Post-training quantization starts from unquantized weights; {directory} says "
+            f"{existing.get('quant_method')} in config.json. Use the original checkpoint, or `dequantize` this one."
+        )
+    model = skeleton(directory)
+    swap_linears(model, preset=preset, exclude=exclude, output_embedding=model.get_output_embeddings())
+    layers = qat_modules(model)
+    selected = {name: path for name, path in linear_weights(model).items() if path in layers}
+    module_names = {name: f"{path}.weight" for name, path in linear_weights(model).items()}
+    scales = _global_scales(reader, [name for name in reader.names if name in selected], progress)
+    sources = [
+        TensorSource(
+            name=name,
+            shape=reader.layout(name)[1],
+            dtype=_written_dtype(reader, name),
+            module_name=module_names.get(name, name),
+            load=partial(reader.get_tensor, name),
+            global_decode_scale=partial(scales.__getitem__, name) if name in selected else None,
+        )
+        for name in reader.names
+    ]
+    check_packed_count(sources, len(layers))
+    return sources, model, reader
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    preset: str = "full",
+    exclude: tuple[str, ...] = (),
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    progress: Progress = lambda stage, done, total: None,
+) -> int:
+    """Post-training quantization of a safetensors checkpoint, streaming: no model in memory, one shard at a time.
+
+    Args:
+        source: directory or Hub id of an unquantized checkpoint of a Transformers architecture.
+        destination: directory to write, complete or not at all.
+        preset, exclude: as in ``NVFP4QATConfig``.
+        max_shard_size: bytes, or a string such as "5GB".
+        progress: called after each weight.
+
+    Returns:
+        The number of packed layers.
+
+    Raises:
+        ValueError: bad input; nothing is written then.
+    """
+    sources, model, reader = ptq_sources(resolve_checkpoint(source), preset=preset, exclude=exclude, progress=progress)
+    num_done = 0
+
+    def count(_: TensorSource) -> None:
+        nonlocal num_done
+        num_done += 1
+        progress("packing", num_done, len(sources))
+
+    with staged_files(destination) as staged:
+        write_weights(sources, staged, max_shard_size=max_shard_size, progress=count)
+        _copy_other_files(reader.directory, staged)
+        config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
+        staged.write_json(CONFIG_FILE, config)
+    return len(qat_modules(model))
+
+
+def dequantize_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    progress: Progress = lambda stage, done, total: None,
+) -> int:
+    """Write a packed NVFP4 checkpoint as an ordinary bfloat16 one, streaming; the values are those that are served.
+
+    Args, Raises: as ``quantize_checkpoint``; activation scales of a W4A4 checkpoint are left out.
+
+    Returns:
+        The number of decoded layers.
+    """
+    reader = CheckpointReader(resolve_checkpoint(source))
+    check_packed(reader)
+    layers = quantized_layers(reader.names)
+    replaced = {
+        name for layer in layers for name in (*checkpoint_layout(layer, (0, 0)), f"{layer}.{INPUT_GLOBAL_SCALE}")
+    }
+    sources = [
+        TensorSource(name, reader.layout(name)[1], _dtype(reader, name), None, partial(reader.get_tensor, name))
+        for name in reader.names
+        if name not in replaced
+    ]
+    for layer in layers:
+        rows, half_columns = reader.layout(f"{layer}.{PACKED}")[1]
+        load = partial(_decode, layer, reader)
+        sources.append(TensorSource(f"{layer}.weight", (rows, 2 * half_columns), SERVED_DTYPE, None, load))
+    num_done = 0
+
+    def count(_: TensorSource) -> None:
+        nonlocal num_done
+        num_done += 1
+        progress("decoding", num_done, len(sources))
+
+    config = {key: value for key, value in reader.config().items() if key != "quantization_config"}
+    with staged_files(destination) as staged:
+        write_weights(sources, staged, max_shard_size=max_shard_size, progress=count)
+        _copy_other_files(reader.directory, staged)
+        staged.write_json(CONFIG_FILE, config)
+    return len(layers)
+
+
+def _decode(layer: str, reader: CheckpointReader) -> torch.Tensor:
+    return from_checkpoint(layer, reader.get_tensor).dequantize(SERVED_DTYPE)
+
+
+def _global_scales(reader: CheckpointReader, names: list[str], progress: Progress) -> dict[str, torch.Tensor]:
+    """Tensor name to its fused group's global decode scale."""
+    group_amax: dict[str, torch.Tensor] = {}
+    for num_done, name in enumerate(names, start=1):
+        group = fused_group_key(layer_of(name))
+        amax = global_amax(reader.get_tensor(name))
+        group_amax[group] = torch.maximum(group_amax.get(group, amax), amax)
+        progress("reading scales", num_done, len(names))
+    return {name: global_decode_scale_of_amax(group_amax[fused_group_key(layer_of(name))]) for name in names}
+
+
+def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
+    stored = reader.layout(name)[0]
+    if stored not in _SAFETENSORS_DTYPES:
+        raise ValueError(f"{name} is stored as {stored}, which cannot be written again. Convert it first.")
+    return _SAFETENSORS_DTYPES[stored]
+
+
+def _written_dtype(reader: CheckpointReader, name: str) -> torch.dtype:
+    dtype = _dtype(reader, name)
+    return SERVED_DTYPE if dtype in (torch.float64, torch.float32, torch.float16) else dtype
+
+
+def _copy_other_files(directory: Path, staged: Any) -> None:
+    """Tokenizer, generation config, chat template, code: everything beside weights and config.json."""
+    for path in sorted(directory.iterdir()):
+        is_weights = path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".partial"))
+        if path.is_file() and not is_weights and path.name != CONFIG_FILE and not path.name.startswith("."):
+            staged.path(path.name).write_bytes(path.read_bytes())

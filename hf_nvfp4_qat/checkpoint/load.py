@@ -1,0 +1,125 @@
+"""Loading a packed NVFP4 checkpoint to continue QAT: decoded weights become the master weights.
+
+A checkpoint of ours decodes to values that quantize to themselves, so the resumed model starts exactly where the
+saved one was served. Another tool's global scales are not powers of two; its decoded values are rounded to bfloat16 and
+move a little when quantized again, and the report says by how much.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
+from hf_nvfp4_qat.checkpoint.names import (
+    BLOCK_SCALE,
+    FORMAT,
+    GLOBAL_ENCODE_SCALE,
+    INPUT_GLOBAL_SCALE,
+    PACKED,
+    QUANT_METHOD,
+    SERVED_DTYPE,
+    from_checkpoint,
+    is_nvfp4_config,
+    quantized_layers,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Requantization:
+    """How far quantizing a loaded checkpoint's weights again moves them.
+
+    Attributes:
+        num_layers: packed layers in the checkpoint.
+        moved: module path to relative error (root of summed squares) for layers with any value moved.
+        num_moved: elements that changed.
+        num_elements: elements of all packed layers that train in NVFP4.
+        not_trained: packed layers that now train in high precision (`exclude`, or a default rule).
+        num_input_scales: activation scales of a W4A4 checkpoint, which weight-only training drops.
+    """
+
+    num_layers: int
+    moved: dict[str, float]
+    num_moved: int
+    num_elements: int
+    not_trained: tuple[str, ...]
+    num_input_scales: int
+
+    def __str__(self) -> str:
+        if self.moved:
+            change = (
+                f"requantizing moves {self.num_moved:,} of {self.num_elements:,} weights in {len(self.moved)} layers, "
+                f"by a relative error of up to {max(self.moved.values()):.2e}"
+            )
+        else:
+            change = f"all {self.num_elements:,} weights keep their values"
+        notes = [f"{self.num_layers} packed layers loaded, {change}"]
+        if self.not_trained:
+            notes.append(f"{len(self.not_trained)} packed layers now train in high precision")
+        if self.num_input_scales:
+            notes.append(f"{self.num_input_scales} activation scales dropped (training is W4A16)")
+        return "; ".join(notes)
+
+
+def read_decoded(reader: CheckpointReader) -> dict[str, torch.Tensor]:
+    """Every tensor of a packed checkpoint, quantized ones decoded to bfloat16 under their ``.weight`` name."""
+    layers = quantized_layers(reader.names)
+    parts = {
+        f"{layer}.{part}" for layer in layers for part in (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE)
+    }
+    decoded = {name: reader.get_tensor(name) for name in reader.names if name not in parts}
+    for layer in layers:
+        decoded[f"{layer}.weight"] = from_checkpoint(layer, reader.get_tensor).dequantize(SERVED_DTYPE)
+    return decoded
+
+
+def check_packed(reader: CheckpointReader) -> None:
+    """Refuse a checkpoint that is not packed NVFP4 in this format.
+
+    Raises:
+        ValueError: another method or format, or no packed layer.
+    """
+    config = reader.config().get("quantization_config")
+    if not is_nvfp4_config(config):
+        found = "no quantization_config" if not config else f"{config.get('quant_method')} / {config.get('format')}"
+        raise ValueError(
+            f"A packed NVFP4 checkpoint says {QUANT_METHOD} / {FORMAT} in config.json; {reader.directory} says "
+            f"{found}. Unquantized weights load with `from_pretrained(..., quantization_config=NVFP4QATConfig())`."
+        )
+    if not quantized_layers(reader.names):
+        raise ValueError(f"{reader.directory} has a packed NVFP4 config but not one `{PACKED}` tensor.")
+    if missing := [
+        f"{layer}.{part}"
+        for layer in quantized_layers(reader.names)
+        for part in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE)
+        if f"{layer}.{part}" not in reader.file_of
+    ]:
+        raise ValueError(f"{reader.directory} lacks {len(missing)} scales of packed layers, the first {missing[0]}.")
+
+
+def load_decoded(path: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, CheckpointReader]:
+    """A packed checkpoint as an ordinary model with decoded weights.
+
+    Args:
+        path: directory or Hub repository id.
+        kwargs: for ``from_pretrained``; `revision` and `token` are used for the download.
+
+    Raises:
+        ValueError: not a packed NVFP4 checkpoint, or an architecture Transformers does not know.
+    """
+    from hf_nvfp4_qat.checkpoint.skeleton import model_class, unquantized_config
+
+    directory = resolve_checkpoint(path, revision=kwargs.pop("revision", None), token=kwargs.pop("token", None))
+    reader = CheckpointReader(directory)
+    check_packed(reader)
+    config = unquantized_config(directory)
+    kwargs.setdefault("dtype", SERVED_DTYPE)
+    # The same call as for files, so that renamed and regrouped weights land where Transformers wants them.
+    model = model_class(config).from_pretrained(None, config=config, state_dict=read_decoded(reader), **kwargs)
+    model.name_or_path = str(path)
+    return model, reader

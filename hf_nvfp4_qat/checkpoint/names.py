@@ -1,0 +1,117 @@
+"""The only file with checkpoint keys and stored scale directions: compressed-tensors `nvfp4-pack-quantized`.
+
+For a layer ``x`` the checkpoint holds, instead of ``x.weight`` [N, K]:
+
+    x.weight_packed         uint8          [N, K / 2]    two codes a byte, even column in the low nibble
+    x.weight_scale          float8_e4m3fn  [N, K / 16]   block scales, row-major
+    x.weight_global_scale   float32        [1]           the encode direction: 1 / global_decode_scale
+
+A power of two has an exact reciprocal, so the stored scale and ours carry the same information.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, block_scale_shape, packed_shape
+from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+
+PACKED = "weight_packed"
+BLOCK_SCALE = "weight_scale"
+GLOBAL_ENCODE_SCALE = "weight_global_scale"
+INPUT_GLOBAL_SCALE = "input_global_scale"  # only in W4A4 checkpoints, which we read but do not write
+
+QUANT_METHOD = "compressed-tensors"
+FORMAT = "nvfp4-pack-quantized"
+SERVED_DTYPE = torch.bfloat16
+"""Dtype of everything in a packed checkpoint that is not quantized."""
+
+
+def layer_of(weight_name: str) -> str:
+    """``model.layers.0.mlp.up_proj`` of ``model.layers.0.mlp.up_proj.weight``."""
+    return weight_name.removesuffix(".weight")
+
+
+def to_checkpoint(layer: str, weight: NVFP4Tensor) -> dict[str, torch.Tensor]:
+    """The three tensors of a quantized layer under their checkpoint names.
+
+    Args:
+        layer: checkpoint name of the layer, without ``.weight``.
+        weight: its weight ``[N, K]``.
+    """
+    return {
+        f"{layer}.{PACKED}": weight.packed,
+        f"{layer}.{BLOCK_SCALE}": weight.block_scale,
+        f"{layer}.{GLOBAL_ENCODE_SCALE}": (1.0 / weight.global_decode_scale).reshape(1),
+    }
+
+
+def checkpoint_layout(layer: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name to (dtype, shape) of the tensors of a quantized layer whose weight is `shape` ``[N, K]``."""
+    return {
+        f"{layer}.{PACKED}": (torch.uint8, packed_shape(shape)),
+        f"{layer}.{BLOCK_SCALE}": (torch.float8_e4m3fn, block_scale_shape(shape)),
+        f"{layer}.{GLOBAL_ENCODE_SCALE}": (torch.float32, (1,)),
+    }
+
+
+def from_checkpoint(layer: str, get_tensor: Callable[[str], torch.Tensor]) -> NVFP4Tensor:
+    """Read a quantized layer back.
+
+    Args:
+        layer: checkpoint name of the layer.
+        get_tensor: reads a tensor by checkpoint name.
+
+    Raises:
+        ValueError: dtypes or shapes that do not belong together.
+    """
+    encode_scale = get_tensor(f"{layer}.{GLOBAL_ENCODE_SCALE}").float().reshape(())
+    return NVFP4Tensor(get_tensor(f"{layer}.{PACKED}"), get_tensor(f"{layer}.{BLOCK_SCALE}"), 1.0 / encode_scale)
+
+
+def quantized_layers(tensor_names: list[str]) -> list[str]:
+    """Checkpoint names of the layers that have packed codes among `tensor_names`."""
+    return [name.removesuffix(f".{PACKED}") for name in tensor_names if name.endswith(f".{PACKED}")]
+
+
+def quantization_config(ignore: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of a packed checkpoint's config.json: weights NVFP4, activations untouched (W4A16).
+
+    Args:
+        ignore: checkpoint names of the linear layers, as vLLM sees them, that are not quantized.
+    """
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": FORMAT,
+        # Without this status Transformers does not build the packed layout.
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": FORMAT,
+                "weights": {
+                    "num_bits": 4,
+                    "type": "float",
+                    "symmetric": True,
+                    "strategy": "tensor_group",
+                    "group_size": BLOCK_SIZE,
+                    "dynamic": False,
+                    "scale_dtype": "torch.float8_e4m3fn",
+                },
+                "input_activations": None,
+                "output_activations": None,
+            }
+        },
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def is_nvfp4_config(config: dict[str, Any] | None) -> bool:
+    """Whether a `quantization_config` describes packed NVFP4 weights in this format."""
+    config = config or {}
+    return config.get("quant_method") == QUANT_METHOD and config.get("format") == FORMAT

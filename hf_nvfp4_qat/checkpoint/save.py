@@ -1,0 +1,234 @@
+"""Saving: folders that a Trainer resumes from get master weights, everything else gets packed NVFP4.
+
+Transformers' own `save_pretrained` is not enough for a quantized model: it throws the caller's `state_dict` away
+(which FSDP and ZeRO savers depend on), and it would write a packed training checkpoint, from which a resumed run
+silently restarts at its initial weights. So a QAT model carries its own ``save_pretrained``, on the instance.
+"""
+
+import copy
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, StagedFiles, staged_files
+from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
+from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
+from hf_nvfp4_qat.modules.swap import qat_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAVE_FORMATS = ("auto", "master", "nvfp4")
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+def save_nvfp4(
+    model: "PreTrainedModel",
+    path: str | os.PathLike,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    variant: str | None = None,
+    progress: Callable[[TensorSource], None] | None = None,
+) -> None:
+    """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`, W4A16.
+
+    vLLM, SGLang and plain Transformers (with compressed-tensors) load it without this package. What is not quantized
+    is written in bfloat16. Weights are packed one at a time; the extra memory is one shard. All files appear
+    together when complete.
+
+    Args:
+        model: a QAT model.
+        path: directory, made if missing.
+        state_dict: full master weights by module name, if they are not to be taken from the model.
+        max_shard_size: bytes, or a string such as "5GB".
+        variant: as in ``save_pretrained``: weights go to ``model.VARIANT.safetensors``.
+        progress: called with each weight once it is packed.
+
+    Raises:
+        ValueError: `model` has no QAT layer, weights cannot be packed or are missing, `path` is a file. Nothing is
+            written then.
+    """
+    if not qat_modules(model):
+        raise ValueError(
+            f"save_nvfp4 writes models trained in NVFP4; {type(model).__name__} has no QATLinear. Load it with "
+            "`quantization_config=NVFP4QATConfig()`, or call `prepare_qat` first."
+        )
+    sources = packed_sources(model, state_dict=state_dict)
+    config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
+    with staged_files(path) as staged:
+        write_weights(sources, staged, max_shard_size=max_shard_size, variant=variant, progress=progress)
+        staged.write_json(CONFIG_FILE, config)
+        if model.can_generate():
+            staged.write_json("generation_config.json", model.generation_config.to_diff_dict())
+    _save_remote_code(model, path)
+
+
+def packed_config(config: Any, *, model: "PreTrainedModel", ignore: list[str]) -> dict[str, Any]:
+    """The config.json of a packed checkpoint.
+
+    Args:
+        config: the model's ``PretrainedConfig``; not changed.
+        model: gives the architecture's name.
+        ignore: checkpoint names of unquantized linears.
+    """
+    config = copy.deepcopy(config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = str(SERVED_DTYPE).removeprefix("torch.")
+    config.quantization_config = quantization_config(ignore)
+    return config.to_diff_dict()
+
+
+def write_weights(
+    sources: list[TensorSource],
+    staged: StagedFiles,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    variant: str | None = None,
+    progress: Callable[[TensorSource], None] | None = None,
+) -> None:
+    """Pack and write `sources` as model.safetensors, or as shards with an index. One shard is in memory at a time."""
+    by_name = {source.name: source for source in sources}
+    # The planner looks at sizes only, and a weight's three tensors stay together: plan with one blob a weight.
+    blobs = {source.name: torch.empty(source.nbytes, dtype=torch.uint8, device="meta") for source in sources}
+    stem = "model" if variant is None else f"model.{variant}"
+    plan = split_torch_state_dict_into_shards(
+        blobs, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
+    )
+    weight_map: dict[str, str] = {}
+    for file, names in plan.filename_to_tensors.items():
+        shard: dict[str, torch.Tensor] = {}
+        for name in names:
+            shard.update({key: tensor.cpu() for key, tensor in by_name[name].tensors().items()})
+            if progress is not None:
+                progress(by_name[name])
+        save_file(shard, staged.path(file), metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+    if plan.is_sharded:
+        metadata = {
+            "total_size": sum(source.nbytes for source in sources),
+            "total_parameters": sum(torch.Size(source.shape).numel() for source in sources),
+        }
+        index_file = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
+        staged.write_json(index_file, {"metadata": metadata, "weight_map": weight_map})
+
+
+def is_training_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether a folder has the name a Trainer gives to what it resumes from: ``checkpoint-<int>``."""
+    return re.fullmatch(r"checkpoint-\d+", Path(directory).name) is not None
+
+
+class SavePretrained:
+    """``model.save_pretrained`` of a QAT model; set on the instance, so that deepcopy and pickle carry it along.
+
+    ``checkpoint-<int>`` folders hold master weights in their own dtype and no `quantization_config`: ``Trainer``
+    resumes from them to the bit. Every other directory, and ``push_to_hub``, gets the packed checkpoint.
+    `save_format` "master" or "nvfp4" overrides.
+    """
+
+    def __init__(self, model: "PreTrainedModel", *, save_format: str = "auto") -> None:
+        self.model = model
+        self.save_format = save_format
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+        variant: str | None = None,
+        token: str | bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As ``PreTrainedModel.save_pretrained``, in the format of the class docstring.
+
+        Args:
+            save_directory: its name decides between master weights and the packed checkpoint.
+            is_main_process: only the main process writes.
+            state_dict: full master weights by module name; honoured, unlike upstream for quantized models.
+            push_to_hub: also upload the directory; `repo_id` and the like are taken from `kwargs`.
+            max_shard_size: bytes, or a string such as "5GB".
+            variant, token, kwargs: as upstream.
+        """
+        resumable = is_training_checkpoint(save_directory)
+        if self.save_format == "master" or (self.save_format == "auto" and resumable):
+            if resumable:
+                # The Trainer resumes with load_state_dict, which knows module names and fused parameters only.
+                kwargs.setdefault("save_original_format", False)
+            with _as_unquantized(self.model):
+                type(self.model).save_pretrained(
+                    self.model,
+                    save_directory,
+                    is_main_process=is_main_process,
+                    state_dict=state_dict,
+                    push_to_hub=push_to_hub,
+                    max_shard_size=max_shard_size,
+                    variant=variant,
+                    token=token,
+                    **kwargs,
+                )
+        elif is_main_process:
+            if not push_to_hub:
+                save_nvfp4(
+                    self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant
+                )
+                return
+            self._save_and_push(save_directory, state_dict, max_shard_size, variant, token, **kwargs)
+
+    def _save_and_push(
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict[str, torch.Tensor] | None,
+        max_shard_size: int | str,
+        variant: str | None,
+        token: str | bool | None,
+        *,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        private: bool | None = None,
+        **_upstream_only: Any,
+    ) -> None:
+        from huggingface_hub import HfApi
+        from transformers.utils.hub import create_and_tag_model_card
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id or Path(save_directory).name, private=private, exist_ok=True).repo_id
+        save_nvfp4(self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant)
+        card = create_and_tag_model_card(repo_id, self.model.model_tags, token=token)
+        card.save(Path(save_directory) / "README.md")
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=save_directory,
+            commit_message=commit_message or "Upload NVFP4 checkpoint",
+            create_pr=create_pr,
+            ignore_patterns=["checkpoint-*", "*.partial"],
+        )
+
+
+@contextmanager
+def _as_unquantized(model: "PreTrainedModel") -> Iterator[None]:
+    """Let upstream's save_pretrained see a plain model, so that it honours `state_dict` and writes a plain config."""
+    quantizer, config = model.hf_quantizer, model.config.quantization_config
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    try:
+        yield
+    finally:
+        model.hf_quantizer = quantizer
+        model.config.quantization_config = config
+
+
+def _save_remote_code(model: "PreTrainedModel", path: str | os.PathLike) -> None:
+    if model.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, path, config=model.config)

@@ -1,0 +1,68 @@
+"""The architecture of a checkpoint without its weights: a model on the meta device, made from config.json."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_nvfp4_qat.checkpoint.stream import checkpoint_entries, unique_weights
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The Transformers class that config.json names in `architectures`.
+
+    Raises:
+        ValueError: none is named, or this version of Transformers does not have it.
+    """
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    found = getattr(transformers, name, None) if name else None
+    if found is None:
+        raise ValueError(
+            f"config.json must name an architecture of Transformers {transformers.__version__} in `architectures`; it "
+            f"names {name!r}. Custom architectures: load the model yourself and call `prepare_qat`."
+        )
+    return found
+
+
+def unquantized_config(directory: Path) -> Any:
+    """The ``PretrainedConfig`` of a checkpoint directory, without its `quantization_config`.
+
+    Raises:
+        ValueError: config.json is missing or of an unknown model type.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"Transformers cannot read the config of {directory}: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def skeleton(directory: Path) -> PreTrainedModel:
+    """The model of a checkpoint directory with all parameters on the meta device.
+
+    Raises:
+        ValueError: the architecture is unknown.
+    """
+    config = unquantized_config(directory)
+    with torch.device("meta"):
+        return model_class(config)(config)
+
+
+def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
+    """Checkpoint name to module name of every saved tensor that loading only renames."""
+    entries = checkpoint_entries(model, unique_weights(model, model.state_dict()))
+    return {name: module_name for name, (module_name, _, _) in entries.items() if module_name is not None}
+
+
+def linear_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Checkpoint name of each linear's weight to the module path of the linear."""
+    linears = {f"{name}.weight": name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return {
+        name: linears[module_name] for name, module_name in checkpoint_names(model).items() if module_name in linears
+    }

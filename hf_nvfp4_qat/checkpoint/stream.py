@@ -1,0 +1,196 @@
+"""A model as a stream of checkpoint tensors, one weight at a time: what saving writes and rollouts push.
+
+A module's name is not always its checkpoint name (Transformers renames and regroups weights while loading), so each
+``<module>.weight`` goes through the reversed conversions of the model, and the quantized ones are counted on
+arrival: a packer keyed on module names once packed nothing and wrote a packed config all the same.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
+from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.numerics.quantize import quantize_nvfp4
+
+CheckpointEntry = tuple[str | None, tuple[int, ...], Callable[[], torch.Tensor]]
+"""(name in the model's state dict or None, shape, loader) of a checkpoint tensor."""
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One weight on its way to a checkpoint.
+
+    Attributes:
+        name: checkpoint name, ``....weight`` for a quantized one.
+        shape: of the unquantized tensor.
+        dtype: the dtype it is written in, if not quantized.
+        module_name: its name in the model's state dict; None if it was computed from several weights.
+        load: reads the unquantized tensor.
+        global_decode_scale: reads the float32 ``[]`` scale to quantize with; None for what stays as it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    module_name: str | None
+    load: Callable[[], torch.Tensor]
+    global_decode_scale: Callable[[], torch.Tensor] | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether this weight is packed."""
+        return self.global_decode_scale is not None
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Checkpoint name to (dtype, shape) of what this weight becomes."""
+        if self.is_quantized:
+            return checkpoint_layout(layer_of(self.name), self.shape)
+        return {self.name: (self.dtype, self.shape)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the checkpoint."""
+        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Load and, if quantized, pack: checkpoint name to tensor, on the device of the weight.
+
+        Raises:
+            ValueError: infinities or NaNs in a weight to be quantized; the message names it.
+        """
+        tensor = self.load().detach()
+        if self.global_decode_scale is None:
+            return {self.name: tensor.to(self.dtype).contiguous()}
+        try:
+            packed = quantize_nvfp4(tensor, global_decode_scale=self.global_decode_scale())
+        except ValueError as error:
+            raise ValueError(f"{self.name} cannot be packed. {error}") from error
+        return to_checkpoint(layer_of(self.name), packed)
+
+
+def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | None = None) -> list[TensorSource]:
+    """Every tensor of a packed checkpoint of `model`, in checkpoint order, still to be loaded and packed.
+
+    Reads the global scales of the model, after refreshing them.
+
+    Args:
+        model: a QAT model; a ``PreTrainedModel`` for checkpoint names other than its module names.
+        state_dict: full master weights by module name, if they are not to be taken from the model (FSDP gathers them).
+
+    Raises:
+        ValueError: the number of quantized tensors is not the number of QAT weights.
+    """
+    layers = qat_modules(model)
+    for scales in {id(layer.global_scales): layer.global_scales for layer in layers.values()}.values():
+        scales.refresh()
+    weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
+    quantized = {f"{name}.weight": layer for name, layer in layers.items()}
+    keep_fp32 = _keeps_fp32(model)
+    sources = []
+    for name, (module_name, shape, load) in checkpoint_entries(model, weights).items():
+        layer = quantized.get(module_name or "")
+        dtype = weights[module_name].dtype if module_name else load().dtype
+        sources.append(
+            TensorSource(
+                name=name,
+                shape=shape,
+                dtype=SERVED_DTYPE if dtype.is_floating_point and not keep_fp32(name) else dtype,
+                module_name=module_name,
+                load=load,
+                global_decode_scale=None if layer is None else partial(getattr, layer, "global_decode_scale"),
+            )
+        )
+    expected = len({id(layer.weight) for layer in layers.values()})
+    check_packed_count(sources, expected)
+    return sources
+
+
+def check_packed_count(sources: list[TensorSource], expected: int) -> None:
+    """Refuse a stream that would pack more or fewer weights than are trained in NVFP4.
+
+    Raises:
+        ValueError: the counts differ.
+    """
+    num_packed = sum(source.is_quantized for source in sources)
+    if num_packed != expected:
+        raise ValueError(
+            f"All weights trained in NVFP4 must be packed; {num_packed} of {expected} were found by their checkpoint "
+            "names. Nothing was written. A `state_dict` must hold every parameter under its module name."
+        )
+
+
+def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`state_dict` without what Transformers does not save: tied copies and `_keys_to_ignore_on_save`."""
+    from transformers.modeling_utils import PreTrainedModel, remove_tied_weights_from_state_dict
+
+    if not isinstance(model, PreTrainedModel):
+        return dict(state_dict)
+    ignored = model._keys_to_ignore_on_save or ()
+    kept = {name: tensor for name, tensor in state_dict.items() if name not in ignored}
+    return remove_tied_weights_from_state_dict(kept, model)
+
+
+def checkpoint_entries(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, CheckpointEntry]:
+    """Checkpoint name to (module name or None, shape, loader), by reversing the loading conversions.
+
+    The reversal runs on meta tensors. What comes out as the very tensor that went in was only renamed; what does not
+    was computed from several weights, and is computed again from the real ones when loaded.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        return {
+            name: (name, tuple(tensor.shape), partial(weights.__getitem__, name)) for name, tensor in weights.items()
+        }
+    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
+    module_names = {id(tensor): name for name, tensor in meta.items()}
+    entries: dict[str, CheckpointEntry] = {}
+    renamed = set()
+    for name, tensor in revert_weight_conversion(model, dict(meta)).items():
+        module_name = module_names.get(id(tensor))
+        renamed.add(module_name)
+        entries[name] = (module_name, tuple(tensor.shape), partial(weights.__getitem__, module_name or ""))
+    computed_from = {name: tensor for name, tensor in weights.items() if name not in renamed}
+    if computed_from:
+        computed = revert_weight_conversion(model, computed_from)
+        for name, (module_name, shape, _) in entries.items():
+            if module_name is None:
+                entries[name] = (None, shape, partial(computed.__getitem__, name))
+    return entries
+
+
+def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:
+    """Checkpoint names for `ignore`: every matrix that vLLM may run as a linear and that is not packed.
+
+    Routers are among them even where they are no nn.Linear here, since vLLM's are, and output embeddings tied to the
+    input embedding, which the checkpoint does not hold.
+    """
+    embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    matrices = [
+        layer_of(source.name)
+        for source in sources
+        if not source.is_quantized
+        and len(source.shape) == 2
+        and source.name.endswith(".weight")
+        and source.module_name not in embeddings
+    ]
+    module_names = {source.module_name for source in sources}
+    absent = [name for name in getattr(model, "nvfp4_excluded", {}) if f"{name}.weight" not in module_names]
+    return sorted({*matrices, *absent})
+
+
+def iter_packed_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, tensor) of the packed checkpoint of `model`, one weight in memory at a time."""
+    for source in packed_sources(model):
+        yield from source.tensors().items()
+
+
+def _keeps_fp32(model: nn.Module) -> Callable[[str], bool]:
+    """Whether a checkpoint name belongs to a module that Transformers keeps in fp32 whatever the model's dtype."""
+    parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return lambda name: not parts.isdisjoint(name.split("."))

@@ -1,0 +1,164 @@
+"""The command line: `nvfp4-qat quantize`, `verify`, `inspect`, `dequantize`. Thin; the work is in `checkpoint/`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+BAD_INPUT = 2
+"""Exit code for bad input, and for a checkpoint that is not good."""
+
+app = typer.Typer(
+    name="nvfp4-qat",
+    help="Pack, check, inspect and unpack NVFP4 checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+if not console.is_terminal:
+    console = Console(width=160)  # a pipe has no width: let tables keep their columns
+errors = Console(stderr=True)
+
+Source = Annotated[str, typer.Argument(help="Checkpoint directory or Hub repository id.")]
+Destination = Annotated[Path, typer.Argument(help="Directory to write.")]
+ShardSize = Annotated[str, typer.Option(help="Largest size of one weights file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")]
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Bad input is one line and exit code 2, never a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        errors.print(f"[bold red]error:[/] {' '.join(str(error).split())}", soft_wrap=True, highlight=False)
+        raise typer.Exit(BAD_INPUT) from None
+
+
+@contextmanager
+def _progress_bar() -> Iterator:
+    columns = (TextColumn("{task.description:>14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, transient=not errors.is_terminal) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        yield advance
+
+
+def _refuse_occupied(destination: Path, overwrite: bool) -> None:
+    if destination.is_dir() and not overwrite:
+        kept = [path for path in destination.iterdir() if path.suffix != ".partial"]
+        if kept:
+            raise ValueError(
+                f"The destination must be empty, so that nothing is lost; {destination} holds {len(kept)} files. "
+                "Choose another, or add --overwrite."
+            )
+
+
+@app.command()
+def quantize(
+    source: Source,
+    destination: Destination,
+    preset: Annotated[str, typer.Option(help="full or ffn_only.")] = "full",
+    exclude: Annotated[list[str] | None, typer.Option(help="Module to leave unquantized; may be repeated.")] = None,
+    max_shard_size: ShardSize = "5GB",
+    overwrite: Overwrite = False,
+) -> None:
+    """Post-training quantization: pack an unquantized safetensors checkpoint to NVFP4 (W4A16)."""
+    with _readable_errors(), _progress_bar() as advance:
+        from hf_nvfp4_qat.checkpoint.convert import quantize_checkpoint
+        from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
+
+        config = NVFP4QATConfig(preset=preset, exclude=tuple(exclude or ()))
+        _refuse_occupied(destination, overwrite)
+        num_layers = quantize_checkpoint(
+            source,
+            destination,
+            preset=config.preset,
+            exclude=config.exclude,
+            max_shard_size=max_shard_size,
+            progress=advance,
+        )
+    console.print(f"{num_layers} layers packed to {destination}", soft_wrap=True)
+
+
+@app.command()
+def dequantize(
+    source: Source, destination: Destination, max_shard_size: ShardSize = "5GB", overwrite: Overwrite = False
+) -> None:
+    """Unpack an NVFP4 checkpoint to an ordinary bfloat16 one with the same values."""
+    with _readable_errors(), _progress_bar() as advance:
+        from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint
+
+        _refuse_occupied(destination, overwrite)
+        num_layers = dequantize_checkpoint(source, destination, max_shard_size=max_shard_size, progress=advance)
+    console.print(f"{num_layers} layers unpacked to {destination}", soft_wrap=True)
+
+
+@app.command()
+def verify(path: Source) -> None:
+    """Check a packed checkpoint tensor by tensor; exit code 2 if a loader would fail or serve other weights."""
+    with _readable_errors():
+        from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
+
+        report = verify_nvfp4(path)
+    console.print(str(report), soft_wrap=True, highlight=False, markup=False)
+    raise typer.Exit(0 if report.ok else BAD_INPUT)
+
+
+@app.command()
+def inspect(
+    path: Source,
+    original: Annotated[
+        str | None, typer.Option(help="Unquantized checkpoint to measure a packed one against.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a plot to this image file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show what NVFP4 does to each layer of a packed checkpoint, or would do to an unquantized one."""
+    with _readable_errors():
+        from hf_nvfp4_qat.checkpoint.inspect import inspect_checkpoint, plot_layers
+
+        with _progress_bar() as advance:
+            layers = inspect_checkpoint(path, original=original, progress=advance)
+        if plot is not None:
+            plot_layers(layers, plot)
+    if as_json:
+        json.dump([asdict(layer) for layer in layers], sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    table = Table(title=f"{path}: {len(layers)} NVFP4 layers")
+    table.add_column("layer", no_wrap=True)
+    for column in ("shape", "rel. error", "scale use", "clipped", "floored", "zero", "blocks", "bits"):
+        table.add_column(column, justify="right")
+    for layer in layers:
+        table.add_row(
+            layer.name,
+            f"{layer.shape[0]}x{layer.shape[1]}",
+            "-" if layer.relative_error is None else f"{layer.relative_error:.4f}",
+            f"{layer.scale_use:.2f}",
+            "-" if layer.num_clipped is None else f"{layer.num_clipped:,}",
+            f"{layer.num_floored:,}",
+            f"{layer.num_zero:,}",
+            f"{layer.num_blocks:,}",
+            f"{layer.bits_per_weight:.3f}",
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point of `nvfp4-qat`."""
+    app()

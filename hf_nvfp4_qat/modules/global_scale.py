@@ -1,0 +1,117 @@
+"""GlobalScales: one global decode scale per weight or fused group, kept fresh without the user's help.
+
+The scale is module state (a non-persistent fp32 buffer). Forward, gather, export and sync only read it, so they
+agree. Somebody must write it whenever weights change; that is done here, at three moments:
+
+    optimizer.step()            a global post hook of torch.optim refreshes every model whose weights were stepped:
+                                plain loops, Trainer, Accelerate and TRL all end there
+    load_state_dict, in-place   QATLinear compares its weight's identity and version counter with the ones last
+    edits, assignment           seen, before each forward, and refreshes its fused group when they differ
+    saving                      refreshes everything first, which also covers edits through `.data`,
+                                the one kind of write that PyTorch does not count
+
+Under torch.compile the check before the forward is not traced; the two hooks (optimizer, load_state_dict) remain.
+
+Members are held weakly and register themselves again after deepcopy and unpickling, so copying a model, or one
+layer of it, gives independent scales.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet, ref
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
+
+_live: "WeakSet[GlobalScales]" = WeakSet()
+_optimizer_hook: Any = None
+
+
+class ScaledModule(Protocol):
+    """What a member brings: a master weight, the key of its group, and the buffer to write its scale to."""
+
+    weight: Any
+    scale_group: str
+    global_decode_scale: torch.Tensor
+
+
+class GlobalScales:
+    """The scale groups of one model."""
+
+    def __init__(self) -> None:
+        self._groups: dict[str, WeakSet[ScaledModule]] = {}
+        # Weight (as a weak reference) and version counter at the last refresh, by module.
+        self._seen: WeakKeyDictionary[ScaledModule, tuple[ref, int]] = WeakKeyDictionary()
+        _live.add(self)
+        global _optimizer_hook
+        if _optimizer_hook is None:
+            _optimizer_hook = register_optimizer_step_post_hook(_refresh_stepped_weights)
+
+    def __deepcopy__(self, memo: dict) -> "GlobalScales":
+        memo[id(self)] = copy = GlobalScales()
+        return copy
+
+    def __reduce__(self) -> tuple[type["GlobalScales"], tuple[()]]:
+        return GlobalScales, ()
+
+    def add(self, module: ScaledModule) -> None:
+        """Register a module under its `scale_group`."""
+        self._groups.setdefault(module.scale_group, WeakSet()).add(module)
+
+    def is_fresh(self, module: ScaledModule) -> bool:
+        """Whether the scale of the fused group of `module` was computed from the weights the group has now."""
+        return all(self._is_seen(member) for member in self._groups[module.scale_group])
+
+    def refresh_if_stale(self, module: ScaledModule) -> None:
+        """Refresh the fused group of `module` if one of its weights changed since the last refresh."""
+        if not self.is_fresh(module):
+            self._refresh([module.scale_group])
+
+    def refresh(self) -> None:
+        """Recompute every scale from the weights as they are now."""
+        self._refresh(self._groups)
+
+    def _is_seen(self, module: ScaledModule) -> bool:
+        weight, version = self._seen.get(module, (_nothing, 0))
+        return weight() is module.weight and version == _version(module.weight)
+
+    @torch.no_grad()
+    def _refresh(self, groups: Iterable[str]) -> None:
+        """One batched pass a device: an amax per weight, then a handful of calls for all scales together."""
+        by_device: dict[torch.device, list[list[ScaledModule]]] = {}
+        for group in groups:
+            # Offloaded weights are on the meta device between forwards and have nothing to read.
+            members = [module for module in self._groups[group] if module.weight.device.type != "meta"]
+            if members:
+                by_device.setdefault(members[0].weight.device, []).append(members)
+        for device, grouped in by_device.items():
+            modules = [module for members in grouped for module in members]
+            positions = [position for position, members in enumerate(grouped) for _ in members]
+            index = torch.tensor(positions, device=device)
+            amax = torch.stack([global_amax(module.weight).to(device) for module in modules])
+            shared_amax = amax.new_zeros(len(grouped)).scatter_reduce(0, index, amax, "amax")
+            scales = global_decode_scale_of_amax(shared_amax)[index]
+            torch._foreach_copy_([module.global_decode_scale for module in modules], list(scales.unbind()))
+            for module in modules:
+                self._seen[module] = (ref(module.weight), _version(module.weight))
+
+    def _refresh_stepped(self, stepped: set[int]) -> None:
+        groups = self._groups.items()
+        self._refresh([name for name, group in groups if any(id(module.weight) in stepped for module in group)])
+
+
+def _nothing() -> None:
+    """Stands in for a dead weak reference."""
+
+
+def _version(weight: Any) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
+def _refresh_stepped_weights(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """After any optimizer's step: refresh the scales of the weights it owns."""
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for scales in list(_live):
+        scales._refresh_stepped(stepped)

@@ -1,0 +1,127 @@
+"""QATLinear: nn.Linear whose forward computes with NVFP4 values while the optimizer keeps the master weight.
+
+Autograd would keep the fake-quantized weight of every layer alive from forward to backward: a second bf16 copy of
+the model. The function here keeps the parameter, which is alive anyway, and fake-quantizes it again in backward:
+a few passes over the weight instead of 2 bytes an element.
+
+The gradient is the identity straight-through estimator: what reaches the fake-quantized weight goes to the master.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from hf_nvfp4_qat.modules.global_scale import GlobalScales
+from hf_nvfp4_qat.numerics.format import check_weight
+from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
+
+
+class _FakeQuantizedLinear(torch.autograd.Function):
+    """``F.linear(x, fake_quantize(weight))`` that saves `x` and `weight` only."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, global_decode_scale, compute_dtype):
+        # The scale is not saved through autograd: refreshing it in place is no error while the weight stands still,
+        # and if the weight moved, its own version counter raises.
+        ctx.global_decode_scale = global_decode_scale
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return F.linear(x, fake_quantize_unchecked(weight, global_decode_scale).to(compute_dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = grad_bias = None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])  # [M, N]
+        if ctx.needs_input_grad[0]:
+            fake_quantized = fake_quantize_unchecked(weight, ctx.global_decode_scale)
+            grad_x = grad_output @ fake_quantized.to(grad_output.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)  # [N, M] @ [M, K]
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+class QATLinear(nn.Linear):
+    """A linear layer trained with NVFP4 weights (W4A16).
+
+    Made from an existing ``nn.Linear`` by ``QATLinear.adopt``; parameters keep their names, dtype, ties, hooks and
+    `requires_grad`, and state dicts hold the master weight alone.
+
+    Attributes:
+        weight: master weight ``[N, K]``, any floating dtype.
+        global_decode_scale: float32 ``[]`` buffer, not persistent, shared in value by the fused group.
+        scale_group: key of the fused group within `global_scales`.
+        global_scales: keeps `global_decode_scale` fresh.
+    """
+
+    global_decode_scale: torch.Tensor
+    scale_group: str
+    global_scales: GlobalScales
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, *, name: str, scale_group: str, global_scales: GlobalScales) -> "QATLinear":
+        """Turn `linear` itself into a QATLinear: the same object, the same Parameter objects.
+
+        Args:
+            linear: exactly ``nn.Linear``, in_features divisible by 16.
+            name: module path, for messages.
+            scale_group: modules with the same key share one global scale.
+            global_scales: the model's scale groups.
+
+        Raises:
+            ValueError: a weight without NVFP4 form.
+        """
+        check_weight(linear.weight, name=name)
+        linear.__class__ = cls
+        assert isinstance(linear, cls)
+        one = torch.ones((), dtype=torch.float32, device=linear.weight.device)
+        linear.register_buffer("global_decode_scale", one, persistent=False)
+        linear.scale_group = scale_group
+        linear.global_scales = global_scales
+        global_scales.add(linear)
+        return linear
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""
+        if not torch.compiler.is_compiling():
+            self.global_scales.refresh_if_stale(self)
+        bias: torch.Tensor | None = self.bias
+        compute_dtype = self.weight.dtype
+        if torch.is_autocast_enabled(input.device.type):
+            compute_dtype = torch.get_autocast_dtype(input.device.type)
+            input = input.to(compute_dtype)
+            bias = None if bias is None else bias.to(compute_dtype)
+        return _FakeQuantizedLinear.apply(input, self.weight, bias, self.global_decode_scale, compute_dtype)
+
+    def fake_quantized_weight(self) -> torch.Tensor:
+        """The weight that forward multiplies with, and that is served: bfloat16 ``[N, K]``, no gradient."""
+        self.global_scales.refresh_if_stale(self)
+        return fake_quantize_unchecked(self.weight.detach(), self.global_decode_scale)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows beside the sizes."""
+        return f"{super().extra_repr()}, weight=nvfp4"
+
+    def __setstate__(self, state: dict) -> None:
+        # Copies and unpickled layers register with the scales they were copied with.
+        super().__setstate__(state)
+        self.global_scales.add(self)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATLinear":
+        scale = self.global_decode_scale
+        super()._apply(fn, recurse)
+        if self.global_decode_scale.dtype != torch.float32:
+            # `.to(dtype)` casts buffers too, and float16 cannot hold every scale.
+            self.global_decode_scale = scale.to(self.global_decode_scale.device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # A compiled forward does not check for staleness, so do not leave it to the next forward.
+        self.global_scales.refresh_if_stale(self)

@@ -1,0 +1,300 @@
+"""Which layers of a model train in NVFP4: the rules, the swap, and the report of what was left out and why."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
+from hf_nvfp4_qat.modules.global_scale import GlobalScales
+from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
+
+PRESETS = ("full", "ffn_only")
+
+# Local names of the layers that stay in high precision by default, with the reason the report gives.
+_EXCLUDED_LOCAL_NAMES = {
+    "lm_head": "output embedding",
+    "embed_out": "output embedding",
+    "gate": "router",
+    "router": "router",
+    "router_proj": "router",
+    "shared_expert_gate": "router",
+    "score": "classification or value head",
+    "classifier": "classification or value head",
+    "qa_outputs": "classification or value head",
+    "v_head": "classification or value head",
+    "value_head": "classification or value head",
+}
+
+# Components of a path that mark a part of the model other than its language model.
+_EXCLUDED_TOWERS = {
+    "visual": "vision tower",
+    "vision_tower": "vision tower",
+    "vision_model": "vision tower",
+    "vision_embed_tokens": "vision tower",
+    "audio_tower": "audio tower",
+    "audio_model": "audio tower",
+    "multi_modal_projector": "modality projector",
+    "mm_projector": "modality projector",
+    "embed_vision": "modality projector",
+    "embed_audio": "modality projector",
+}
+
+_FFN_LOCAL_NAMES = {
+    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "fc3"),
+    *("c_fc", "c_fc_0", "c_fc_1", "dense_h_to_4h", "dense_4h_to_h", "fc_in", "fc_out"),
+}
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """One layer of the report: module path, class name, parameters, and why it is not quantized (None if it is)."""
+
+    name: str
+    kind: str
+    num_parameters: int
+    reason: str | None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the layer trains in NVFP4."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What of a model is quantized. Prints as a table; iterates over its layers.
+
+    Attributes:
+        layers: every module that owns parameters, in model order; a tied weight counts once, where it comes first.
+    """
+
+    layers: tuple[LayerCoverage, ...]
+
+    def __iter__(self) -> Iterator[LayerCoverage]:
+        return iter(self.layers)
+
+    @property
+    def quantized(self) -> tuple[str, ...]:
+        """Module paths of the quantized layers."""
+        return tuple(layer.name for layer in self.layers if layer.is_quantized)
+
+    @property
+    def excluded(self) -> dict[str, str]:
+        """Module path to reason, for every layer that is not quantized."""
+        return {layer.name: layer.reason for layer in self.layers if layer.reason is not None}
+
+    @property
+    def summary(self) -> str:
+        """One line: layers, parameters, share, bits a weight."""
+        total = sum(layer.num_parameters for layer in self.layers)
+        quantized = sum(layer.num_parameters for layer in self.layers if layer.is_quantized)
+        share = quantized / total if total else 0.0
+        bits = share * BITS_PER_WEIGHT + (1 - share) * 16
+        return (
+            f"NVFP4: {len(self.quantized)} linear layers quantized, {quantized:,} of {total:,} parameters "
+            f"({share:.1%}); {bits:.2f} bits a parameter as served"
+        )
+
+    def __str__(self) -> str:
+        rows: dict[tuple[str, str, str], list[int]] = {}
+        for layer in self.layers:
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", layer.name)
+            status = "NVFP4" if layer.is_quantized else "excluded"
+            rows.setdefault((status, pattern, layer.reason or ""), []).append(layer.num_parameters)
+        width = max((len(pattern) for _, pattern, _ in rows), default=0)
+        lines = [
+            f"{status:8}  {pattern:{width}}  x{len(sizes):<4} {sum(sizes):>14,}  {reason}".rstrip()
+            for (status, pattern, reason), sizes in sorted(rows.items())
+        ]
+        return "\n".join([*lines, self.summary])
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Print, and return, what of `model` is quantized, what is not, and why.
+
+    Args:
+        model: a model made with ``NVFP4QATConfig`` or ``prepare_qat``.
+    """
+    report = coverage_of(model)
+    print(report)
+    return report
+
+
+def coverage_of(model: nn.Module) -> Coverage:
+    """``coverage`` without the printing."""
+    reasons: dict[str, str] = getattr(model, "nvfp4_excluded", {})
+    layers: list[LayerCoverage] = []
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        parameters = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+        counted.update(id(p) for p in parameters)
+        # An excluded linear is reported even where its weight, being tied, is already counted.
+        if parameters or name in reasons:
+            reason = None if isinstance(module, QATLinear) else reasons.get(name, "not a linear layer")
+            kind = type(module).__name__
+            layers.append(LayerCoverage(name, kind, sum(p.numel() for p in parameters), reason))
+    return Coverage(tuple(layers))
+
+
+def matches(module_path: str, pattern: str) -> bool:
+    """Whether an exclude pattern names a module.
+
+    Args:
+        module_path: dotted path, ``model.layers.1.mlp.gate_proj``.
+        pattern: ``re:`` and a regular expression matched from the start of the path (as vLLM and
+            compressed-tensors do), or an exact path, or its last components: ``gate_proj``, ``mlp.gate_proj``.
+    """
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module_path) is not None
+    return module_path == pattern or module_path.endswith(f".{pattern}")
+
+
+def swap_linears(
+    model: nn.Module, *, preset: str = "full", exclude: tuple[str, ...] = (), output_embedding: nn.Module | None = None
+) -> Coverage:
+    """Turn the linears of `model` into QATLinear in place and remember why the others were left.
+
+    Only exact ``nn.Linear`` modules are candidates: subclasses have meanings of their own.
+
+    Args:
+        model: any module; its parameters may be on the meta device.
+        preset: "full" (every linear but output embedding, routers, heads and non-language towers) or "ffn_only".
+        exclude: patterns of ``matches``; modules they name stay in high precision.
+        output_embedding: the model's output embedding, excluded whatever its name is.
+
+    Returns:
+        The coverage after the swap.
+
+    Raises:
+        ValueError: no linear left to quantize, fused 3-D experts, in_features not divisible by 16, a fused group of
+            which only a part is excluded, a pattern that names nothing. Raised before any layer is changed.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    _refuse_fused_experts(model, exclude)
+    _refuse_idle_patterns(model, exclude)
+    reasons = {
+        name: reason
+        for name, module in linears.items()
+        if (reason := _reason_to_exclude(name, module, preset, exclude, module is output_embedding))
+    }
+    selected = {name: module for name, module in linears.items() if name not in reasons}
+    _refuse_indivisible(selected)
+    _refuse_split_groups(set(selected), set(linears))
+    if not selected:
+        raise ValueError(
+            f"No layer is left to quantize: of {len(linears)} nn.Linear modules in {type(model).__name__}, all are "
+            f"excluded ({_counted(reasons)}). NVFP4 covers torch.nn.Linear; check `preset` and `exclude`."
+        )
+    global_scales = GlobalScales()
+    for name, linear in selected.items():
+        QATLinear.adopt(linear, name=name, scale_group=fused_group_key(name), global_scales=global_scales)
+    # Plain data, so that deepcopy and pickle carry it along.
+    excluded: Any = {**_bare_routers(model), **reasons}
+    model.nvfp4_excluded = excluded
+    return coverage_of(model)
+
+
+def qat_modules(model: nn.Module) -> dict[str, QATLinear]:
+    """The QAT layers of `model` by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QATLinear)}
+
+
+def refresh_global_scales(model: nn.Module) -> None:
+    """Recompute every global scale of `model` from its weights as they are now.
+
+    Needed only after writing weights through ``.data``, which PyTorch's version counters do not see.
+    """
+    for scales in {id(module.global_scales): module.global_scales for module in qat_modules(model).values()}.values():
+        scales.refresh()
+
+
+def _reason_to_exclude(
+    name: str, module: nn.Module, preset: str, exclude: tuple[str, ...], is_output_embedding: bool
+) -> str | None:
+    if pattern := next((pattern for pattern in exclude if matches(name, pattern)), None):
+        return f"exclude: {pattern}"
+    if type(module) is not nn.Linear:
+        return f"{type(module).__name__}, a subclass of nn.Linear"
+    if is_output_embedding:
+        return "output embedding"
+    return _reason_by_rule(name, preset)
+
+
+def _reason_by_rule(name: str, preset: str) -> str | None:
+    *parents, local_name = name.split(".")
+    if reason := _EXCLUDED_LOCAL_NAMES.get(local_name):
+        return reason
+    if tower := next((part for part in (*parents, local_name) if part in _EXCLUDED_TOWERS), None):
+        return _EXCLUDED_TOWERS[tower]
+    if preset == "ffn_only" and local_name not in _FFN_LOCAL_NAMES:
+        return "preset ffn_only"
+    return None
+
+
+def _bare_routers(model: nn.Module) -> dict[str, str]:
+    """Routers that are no nn.Linear here are linears in vLLM, so they count as excluded all the same."""
+    return {
+        name: "router"
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        and _EXCLUDED_LOCAL_NAMES.get(name.rpartition(".")[2]) == "router"
+        and any(p.ndim == 2 for p in module.parameters(recurse=False))
+    }
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Paths of modules that hold their experts as 3-D parameters, the Transformers 5 layout of mixture of experts."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "expert" in name.lower() + type(module).__name__.lower()
+        and any(p.ndim == 3 for p in module.parameters(recurse=False))
+    ]
+
+
+def _refuse_fused_experts(model: nn.Module, exclude: tuple[str, ...]) -> None:
+    experts = [name for name in fused_experts(model) if not any(matches(name, pattern) for pattern in exclude)]
+    if experts:
+        raise ValueError(
+            f"Fused experts (3-D parameters) are not supported yet, and leaving them out in silence would train most "
+            f"of the model in high precision; {type(model).__name__} has {len(experts)} such modules, the first "
+            f"{experts[0]}. To train only the other linears in NVFP4, add 're:.*experts$' to `exclude`."
+        )
+
+
+def _refuse_idle_patterns(model: nn.Module, exclude: tuple[str, ...]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    idle = [pattern for pattern in exclude if not any(matches(name, pattern) for name in names)]
+    if idle:
+        raise ValueError(
+            f"Every `exclude` pattern must name a module; {idle} name none of {type(model).__name__}. A pattern is an "
+            "exact path, the last components of a path, or 're:' and a regular expression for the whole path."
+        )
+
+
+def _refuse_indivisible(selected: dict[str, nn.Linear]) -> None:
+    bad = {name: linear.in_features for name, linear in selected.items() if linear.in_features % BLOCK_SIZE}
+    if bad:
+        listed = ", ".join(f"{name} has {in_features}" for name, in_features in list(bad.items())[:5])
+        raise ValueError(
+            f"NVFP4 needs in_features divisible by {BLOCK_SIZE}; {listed}"
+            f"{f' (and {len(bad) - 5} more)' if len(bad) > 5 else ''}. Add {'it' if len(bad) == 1 else 'them'} "
+            "to `exclude`."
+        )
+
+
+def _refuse_split_groups(selected: set[str], linears: set[str]) -> None:
+    for quantized, excluded in split_fused_groups(selected, linears).values():
+        raise ValueError(
+            f"vLLM fuses {', '.join(quantized + excluded)} into one matrix, so all or none of them are quantized; "
+            f"{', '.join(excluded)} is excluded. Exclude the others too, or none."
+        )
+
+
+def _counted(reasons: dict[str, str]) -> str:
+    counts = {reason: list(reasons.values()).count(reason) for reason in dict.fromkeys(reasons.values())}
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.items()) or "there are none"

@@ -1,0 +1,1 @@
+"""How from_pretrained sees NVFP4 QAT."""

@@ -1,0 +1,84 @@
+"""NVFP4QATConfig: what a user says about a model, and what config.json remembers of it."""
+
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from transformers.quantizers import register_quantization_config
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_nvfp4_qat.checkpoint.save import SAVE_FORMATS
+from hf_nvfp4_qat.modules.swap import PRESETS
+
+QUANT_METHOD = "nvfp4_qat"
+"""`nvfp4` is taken: it is Transformers' own inference-only quantizer."""
+
+
+@dataclass(unsafe_hash=True)
+class NVFP4QATConfig(QuantizationConfigMixin):
+    """Train a model with NVFP4 weights (W4A16): ``from_pretrained(..., quantization_config=NVFP4QATConfig())``.
+
+    Attributes:
+        preset: which linears are quantized. "full": all but the output embedding, routers, heads and the towers of
+            other modalities. "ffn_only": of these, the feed-forward layers.
+        exclude: modules to leave in high precision besides: an exact path, the last components of a path, or ``re:``
+            and a regular expression matched from the start of the path. A pattern that names no module is an error.
+        save_format: "auto" saves master weights into ``checkpoint-<int>`` folders, which Trainer resumes from, and
+            packed NVFP4 anywhere else; "master" or "nvfp4" forces one of the two.
+
+    Raises:
+        ValueError: a value that is not among those above.
+    """
+
+    preset: str = "full"
+    exclude: tuple[str, ...] = ()
+    save_format: str = "auto"
+
+    quant_method: ClassVar[str] = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        for name, choices in (("preset", PRESETS), ("save_format", SAVE_FORMATS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is one of {', '.join(choices)}; got {getattr(self, name)!r}.")
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ValueError(f"`exclude` is a list of strings; got {self.exclude!r}.")
+        # Lists come from JSON and from users; a frozen record keeps a tuple.
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Frozen by hand: upstream's base is a dataclass that is not frozen, and a frozen one cannot inherit from it.
+        if name in self.__dict__ or name not in {field.name for field in fields(self)}:
+            raise FrozenInstanceError(f"NVFP4QATConfig is frozen; make another one to change `{name}`.")
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make a config from its ``to_dict`` form.
+
+        Raises:
+            ValueError: an unknown key.
+        """
+        known = {field.name for field in fields(cls)}
+        given = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        given.update({key: kwargs.pop(key) for key in list(kwargs) if key in known})
+        if unknown := sorted(set(given) - known):
+            raise ValueError(f"NVFP4QATConfig has {', '.join(sorted(known))}; got unknown {', '.join(unknown)}.")
+        config = cls(**given)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serializable form, with `quant_method`."""
+        return {"quant_method": self.quant_method, **asdict(self), "exclude": list(self.exclude)}
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def update(self, **kwargs: Any) -> dict[str, Any]:
+        """Upstream's hook for overriding a stored config; this one is frozen, so every key is handed back unused."""
+        return kwargs
+
+
+# A second import under the same method name (a reloaded module) must not fail.
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(NVFP4QATConfig)

@@ -1,0 +1,161 @@
+"""NVFP4QATHfQuantizer: swaps linears before `from_pretrained` loads weights, and finishes the model after.
+
+Written for the hooks of transformers 5.17 and of 5.23, which differ: it overrides few of them, and takes the union of
+their arguments.
+"""
+
+import logging
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+from hf_nvfp4_qat.checkpoint.save import SavePretrained
+from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, refresh_global_scales, swap_linears
+from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
+
+logger = logging.getLogger(__name__)
+
+
+class NVFP4QATHfQuantizer(HfQuantizer):
+    """Makes a model train with NVFP4 weights while it is loaded from an unquantized checkpoint."""
+
+    requires_calibration = False
+    quantization_config: NVFP4QATConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse placements that cannot train.
+
+        Raises:
+            ValueError: `device_map` offloads weights to disk, or to the CPU beside an accelerator.
+        """
+        if not isinstance(device_map, dict):
+            return
+        places = {str(place) for place in device_map.values()}
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                "NVFP4 QAT trains every weight where it lies, so none may be offloaded; `device_map` places "
+                f"modules on {', '.join(sorted(places))}. Use more or larger devices, or all of the model on 'cpu'."
+            )
+
+    def update_weight_conversions(self, weight_conversions: list, model: Any = None) -> list:
+        """Weights load as they are: training keeps them in high precision."""
+        return weight_conversions
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        swap_linears(
+            model,
+            preset=self.quantization_config.preset,
+            exclude=self.quantization_config.exclude,
+            output_embedding=model.get_output_embeddings(),
+        )
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        _finish(model, self.quantization_config)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
+        """Nothing to add: the model's own ``save_pretrained`` packs."""
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """The model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Trainer may train the model."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer may train all of it, without adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """``generate`` may compile the forward."""
+        return True
+
+
+def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Module:
+    """Make a model that is already in memory train with NVFP4 weights, in place.
+
+    For models made by ``from_config`` or by hand; ``from_pretrained(quantization_config=...)`` does the same while
+    loading.
+
+    Args:
+        model: any module; a ``PreTrainedModel`` also gets the saving rule of ``NVFP4QATConfig.save_format``.
+        config: what to quantize; the defaults if None.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: the model is quantized already, carries PEFT adapters, or has nothing to quantize.
+    """
+    config = config or NVFP4QATConfig()
+    _refuse_quantized(model)
+    if not isinstance(model, PreTrainedModel):
+        swap_linears(model, preset=config.preset, exclude=config.exclude)
+        refresh_global_scales(model)
+        _refuse_adapters_from_now_on()
+        return model
+    quantizer = NVFP4QATHfQuantizer(config, pre_quantized=False)
+    quantizer.preprocess_model(model)
+    model.hf_quantizer = quantizer
+    return quantizer.postprocess_model(model)
+
+
+def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
+    """After the weights are in place: scales, saving, and a line about what is covered."""
+    refresh_global_scales(model)
+    # On the instance, not on the class: other models of the class keep upstream's method.
+    model.save_pretrained = SavePretrained(model, save_format=config.save_format)
+    _refuse_adapters_from_now_on()
+    logger.info(coverage_of(model).summary)
+
+
+def _refuse_quantized(model: nn.Module) -> None:
+    if qat_modules(model):
+        raise ValueError(
+            f"prepare_qat was given a {type(model).__name__} that trains in NVFP4 already. Prepare a model once."
+        )
+    method = getattr(model, "quantization_method", None)
+    if method is not None or getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"QAT starts from unquantized weights; this {type(model).__name__} is quantized with "
+            f"{getattr(method, 'value', method)}. For a packed NVFP4 checkpoint use `load_nvfp4(path)`; for other "
+            "formats load the original, unquantized checkpoint."
+        )
+    if getattr(model, "peft_config", None):
+        raise ValueError(_ADAPTER_MESSAGE.format(name="the model"))
+
+
+_ADAPTER_MESSAGE = (
+    "PEFT adapters on NVFP4 QAT layers are not supported yet: the adapter would be added outside the quantized weight, "
+    "so the merged, served weight is not the trained one; {name} got an adapter. Train without `peft_config`, or "
+    "keep the adapted layers out of NVFP4 with `exclude`."
+)
+
+_adapter_hook = None
+
+
+def _refuse_adapters_from_now_on() -> None:
+    """PEFT has no hook to refuse a layer, but it must register the layer it wraps as a submodule."""
+    global _adapter_hook
+    if _adapter_hook is None:
+        _adapter_hook = register_module_module_registration_hook(_refuse_adapter)
+
+
+def _refuse_adapter(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if name == "base_layer" and isinstance(submodule, QATLinear):
+        raise ValueError(_ADAPTER_MESSAGE.format(name=f"a layer of group {submodule.scale_group}"))
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(NVFP4QATHfQuantizer)

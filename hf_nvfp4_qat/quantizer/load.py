@@ -1,0 +1,79 @@
+"""load_nvfp4: continue QAT from a packed checkpoint."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_nvfp4_qat.checkpoint.files import CheckpointReader
+from hf_nvfp4_qat.checkpoint.load import Requantization, load_decoded
+from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, layer_of, quantized_layers
+from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
+from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
+from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
+
+logger = logging.getLogger(__name__)
+
+
+def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **kwargs: Any) -> PreTrainedModel:
+    """Load a packed NVFP4 checkpoint as a model that goes on training in NVFP4.
+
+    Args:
+        path: directory or Hub repository id of a compressed-tensors `nvfp4-pack-quantized` checkpoint, ours or another
+            tool's.
+        config: what to quantize; None quantizes exactly the layers that are packed in the checkpoint.
+        kwargs: for ``from_pretrained`` (`dtype`, `device_map`, `revision`, ...); `dtype` is that of the master
+            weights and of everything else, bfloat16 by default.
+
+    Returns:
+        The QAT model. ``model.nvfp4_requantization`` says how far quantizing again moves the loaded values: not at
+        all for a checkpoint of ours.
+
+    Raises:
+        ValueError: not a packed NVFP4 checkpoint, or an architecture Transformers does not know.
+    """
+    model, reader = load_decoded(path, **kwargs)
+    packed = set(quantized_layers(reader.names))
+    linears = {module_path: layer_of(name) for name, module_path in linear_weights(model).items()}
+    if config is None:
+        config = NVFP4QATConfig(
+            exclude=_unpacked_linears(model, {m for m, layer in linears.items() if layer in packed})
+        )
+    decoded = {path: module.weight.detach() for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    prepare_qat(model, config)
+    model.nvfp4_requantization = _requantization(model, reader, decoded, linears)
+    report = logger.warning if model.nvfp4_requantization.moved else logger.info
+    report("%s: %s.", path, model.nvfp4_requantization)
+    return model
+
+
+def _unpacked_linears(model: PreTrainedModel, packed: set[str]) -> tuple[str, ...]:
+    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed)
+
+
+def _requantization(
+    model: PreTrainedModel, reader: CheckpointReader, decoded: dict[str, torch.Tensor], linears: dict[str, str]
+) -> Requantization:
+    packed = quantized_layers(reader.names)
+    layers = qat_modules(model)
+    moved: dict[str, float] = {}
+    num_moved = num_elements = 0
+    for name, layer in layers.items():
+        before, after = decoded[name].to(torch.bfloat16), layer.fake_quantized_weight()
+        num_elements += before.numel()
+        if count := int((before != after).sum()):
+            num_moved += count
+            moved[name] = float((after.float() - before.float()).norm() / before.float().norm())
+    trained = {linears[name] for name in layers if name in linears}
+    return Requantization(
+        num_layers=len(packed),
+        moved=moved,
+        num_moved=num_moved,
+        num_elements=num_elements,
+        not_trained=tuple(layer for layer in packed if layer not in trained),
+        num_input_scales=sum(name.endswith(f".{INPUT_GLOBAL_SCALE}") for name in reader.names),
+    )

@@ -1,0 +1,154 @@
+"""QATLinear: what changes in a linear layer, and everything that must not."""
+
+import copy
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_nvfp4_qat import fake_quantize_nvfp4
+from hf_nvfp4_qat.modules.global_scale import GlobalScales
+from hf_nvfp4_qat.modules.linear import QATLinear
+
+
+def make_linear(dtype=torch.float32, bias: bool = True) -> QATLinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48, bias=bias, dtype=dtype)
+    layer = QATLinear.adopt(linear, name="layer", scale_group="layer", global_scales=GlobalScales())
+    layer.global_scales.refresh()
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_and_all_gradients_equal_plain_autograd_through_the_fake_quantized_weight(dtype, bias):
+    layer = make_linear(dtype, bias)
+    x = torch.randn(2, 5, 64, dtype=dtype, requires_grad=True)
+    layer(x).square().sum().backward()
+    got = [x.grad.clone(), layer.weight.grad.clone()] + ([layer.bias.grad.clone()] if bias else [])
+    x.grad = None
+    layer.zero_grad()
+    weight = fake_quantize_nvfp4(layer.weight).detach().to(dtype).requires_grad_()
+    F.linear(x, weight, layer.bias).square().sum().backward()
+    expected = [x.grad, weight.grad] + ([layer.bias.grad] if bias else [])
+    for ours, theirs in zip(got, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+def test_autograd_keeps_no_second_copy_of_the_weight():
+    layer = make_linear()
+    x = torch.randn(4, 64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in saved}
+    assert storages == {x.untyped_storage().data_ptr(), layer.weight.untyped_storage().data_ptr()}
+
+
+def test_a_frozen_weight_keeps_no_input_and_gets_no_gradient():
+    layer = make_linear().requires_grad_(False)
+    x = torch.randn(4, 64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = layer(x)
+    assert [tensor.shape for tensor in saved] == [layer.weight.shape]
+    y.sum().backward()
+    assert x.grad is not None and layer.weight.grad is None
+
+
+def test_adopting_keeps_the_object_its_parameters_hooks_and_requires_grad():
+    linear = nn.Linear(32, 16)
+    linear.weight.requires_grad_(False)
+    calls = []
+    linear.register_forward_hook(lambda *_: calls.append(1))
+    weight, bias = linear.weight, linear.bias
+    layer = QATLinear.adopt(linear, name="x", scale_group="x", global_scales=GlobalScales())
+    assert layer is linear and layer.weight is weight and layer.bias is bias and not layer.weight.requires_grad
+    layer(torch.randn(1, 32))
+    assert calls == [1]
+    assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+def test_adopting_an_indivisible_layer_names_it():
+    with pytest.raises(ValueError, match=r"in_features divisible by 16; lm_head has 4001. Add it to `exclude`"):
+        QATLinear.adopt(nn.Linear(4001, 8), name="lm_head", scale_group="", global_scales=GlobalScales())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype_and_gives_fp32_gradients(dtype):
+    layer = make_linear()
+    x = torch.randn(4, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, F.linear(x.to(dtype), layer.fake_quantized_weight().to(dtype), layer.bias.to(dtype)))
+    y.float().sum().backward()
+    assert x.grad.dtype == layer.weight.grad.dtype == layer.bias.grad.dtype == torch.float32
+
+
+def test_mixed_dtypes_without_autocast_are_refused_as_by_nn_linear():
+    with pytest.raises(RuntimeError, match="dtype"):
+        make_linear(torch.float32)(torch.randn(2, 64, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_the_module_keeps_the_scale_in_float32(dtype):
+    layer = make_linear()
+    with torch.no_grad():
+        layer.weight.mul_(2.0**-18)
+    expected = layer.fake_quantized_weight()
+    scale = layer.global_decode_scale.clone()
+    assert scale < 2.0**-25  # float16 could not hold it
+    layer.to(dtype)
+    assert layer.global_decode_scale.dtype == torch.float32 and torch.equal(layer.global_decode_scale, scale)
+    if dtype != torch.float16:
+        assert torch.equal(layer.fake_quantized_weight(), expected)
+
+
+def test_changing_the_weight_between_forward_and_backward_raises():
+    layer = make_linear()
+    y = layer(torch.randn(2, 64, requires_grad=True))
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_weight_with_nan_gives_nan_not_a_silent_number():
+    layer = make_linear()
+    with torch.no_grad():
+        layer.weight[3, 5] = float("nan")
+    assert layer(torch.ones(1, 64)).isnan().all()
+
+
+def test_torch_compile_has_one_graph_and_the_same_numbers():
+    layer = make_linear()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 64, requires_grad=True)
+    compiled(x).square().sum().backward()
+    gradients = (x.grad.clone(), layer.weight.grad.clone())
+    x.grad = layer.weight.grad = None
+    layer(x).square().sum().backward()
+    assert torch.equal(gradients[0], x.grad) and torch.equal(gradients[1], layer.weight.grad)
+
+
+def test_copies_and_pickles_are_independent_and_fresh():
+    layer = make_linear()
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is QATLinear and twin.global_scales is not layer.global_scales
+        with torch.no_grad():
+            twin.weight.mul_(1000)
+        assert torch.equal(twin.fake_quantized_weight(), fake_quantize_nvfp4(twin.weight))
+        assert torch.equal(layer.fake_quantized_weight(), fake_quantize_nvfp4(layer.weight))
+
+
+def test_a_layer_can_be_freed():
+    layer = make_linear()
+    layer(torch.randn(1, 64))
+    gone = weakref.ref(layer)
+    del layer
+    assert gone() is None
