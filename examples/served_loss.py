@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 @torch.no_grad()
 def main(checkpoint: str, tokens_file: str, result_file: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokens = load_file(tokens_file)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    model(tokens["probe"][:, :1])  # compressed-tensors decodes in the first forward, to bfloat16
+    model.to(torch.float32)  # the same numbers, computed with less rounding and, on most CPUs, faster
     result = {"probe_logits": model(tokens["probe"]).logits}
     for part in ("held_out", "out_of_domain"):
         losses = [model(row[None], labels=row[None]).loss for row in tqdm(tokens[part], desc=part, leave=False)]

@@ -26,10 +26,8 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, packed_config, write_weights
 from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, skeleton
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, check_packed_count, ignored_layers
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.checkpoint.stream import TensorSource, check_packed_count, ignored_layers, shared_scales
 from hf_nvfp4_qat.modules.swap import qat_modules, swap_linears
-from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, weights done, weights in all)."""
@@ -60,7 +58,8 @@ def ptq_sources(
     layers = qat_modules(model)
     selected = {name: path for name, path in linear_weights(model).items() if path in layers}
     module_names = {name: f"{path}.weight" for name, path in linear_weights(model).items()}
-    scales = _global_scales(reader, [name for name in reader.names if name in selected], progress)
+    found = {layer_of(name): partial(reader.get_tensor, name) for name in reader.names if name in selected}
+    scales = shared_scales(found, progress=lambda num_done: progress("reading scales", num_done, len(found)))
     sources = [
         TensorSource(
             name=name,
@@ -68,7 +67,7 @@ def ptq_sources(
             dtype=_written_dtype(reader, name),
             module_name=module_names.get(name, name),
             load=partial(reader.get_tensor, name),
-            global_decode_scale=partial(scales.__getitem__, name) if name in selected else None,
+            global_decode_scale=partial(scales.__getitem__, layer_of(name)) if name in selected else None,
         )
         for name in reader.names
     ]
@@ -162,17 +161,6 @@ def dequantize_checkpoint(
 
 def _decode(layer: str, reader: CheckpointReader) -> torch.Tensor:
     return from_checkpoint(layer, reader.get_tensor).dequantize(SERVED_DTYPE)
-
-
-def _global_scales(reader: CheckpointReader, names: list[str], progress: Progress) -> dict[str, torch.Tensor]:
-    """Tensor name to its fused group's global decode scale."""
-    group_amax: dict[str, torch.Tensor] = {}
-    for num_done, name in enumerate(names, start=1):
-        group = fused_group_key(layer_of(name))
-        amax = global_amax(reader.get_tensor(name))
-        group_amax[group] = torch.maximum(group_amax.get(group, amax), amax)
-        progress("reading scales", num_done, len(names))
-    return {name: global_decode_scale_of_amax(group_amax[fused_group_key(layer_of(name))]) for name in names}
 
 
 def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:

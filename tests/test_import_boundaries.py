@@ -1,0 +1,99 @@
+"""The rooms import leftward only, and importing the package stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_nvfp4_qat
+
+PACKAGE = Path(hf_nvfp4_qat.__file__).parent
+ROOMS = ("numerics", "modules", "distributed", "checkpoint", "quantizer", "rollout", "trl_callbacks", "cli")
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(("hf_nvfp4_qat", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def own_imports(path: Path) -> list[str]:
+    """Every module of ours that a file imports, at any depth of the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert all(alias.name != "*" for alias in node.names), f"{path}: star import"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = {module_name(file) for file in FILES}
+            found += [module if module in known else node.module for module in modules]
+    return [name for name in found if name.split(".")[0] == "hf_nvfp4_qat"]
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "package"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_leftward_and_name_the_defining_file(path):
+    mine = room(module_name(path))
+    for imported in own_imports(path):
+        assert room(imported) != "package", f"{path} imports from the package's __init__"
+        assert imported not in {f"hf_nvfp4_qat.{name}" for name in ROOMS[:-1]}, f"{path} imports from a room's __init__"
+        if mine != "package":
+            assert ROOMS.index(room(imported)) <= ROOMS.index(mine), f"{path} imports {imported}, to its right"
+
+
+def test_there_are_no_import_cycles():
+    graph = {module_name(path): set(own_imports(path)) for path in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, f"cycle: {' -> '.join((*above, module))}"
+        if module not in done:
+            for imported in graph.get(module, ()):
+                visit(imported, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_importing_the_package_loads_no_optional_library():
+    code = "import hf_nvfp4_qat, sys; assert not {'triton','vllm','trl','peft','matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_importing_the_package_registers_the_quantizer_and_reloading_does_not_fail():
+    code = (
+        "import importlib, hf_nvfp4_qat.quantizer.config as c, hf_nvfp4_qat.quantizer.hf_quantizer as q\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as M, AUTO_QUANTIZATION_CONFIG_MAPPING as C\n"
+        "assert M['nvfp4_qat'] is q.NVFP4QATHfQuantizer and C['nvfp4_qat'] is c.NVFP4QATConfig\n"
+        "importlib.reload(c); importlib.reload(q)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_the_door_makes_codes():
+    """Nothing outside `numerics/` calls an implementation, and only `quantize.py` inside it does."""
+    implementations = {"hf_nvfp4_qat.numerics.eager", "hf_nvfp4_qat.numerics.reference"}
+    callers = {module_name(path) for path in FILES if implementations & set(own_imports(path))}
+    assert callers == {"hf_nvfp4_qat.numerics.quantize"}
+
+
+def test_checkpoint_keys_are_spelled_in_one_file_only():
+    for path in FILES:
+        if path.name != "names.py":
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n" not in node.value:
+                    assert node.value not in ("weight_packed", "weight_scale", "weight_global_scale"), path
+
+
+def test_public_names_are_the_documented_ones():
+    assert set(hf_nvfp4_qat.__all__) <= set(dir(hf_nvfp4_qat))
+    for name in hf_nvfp4_qat.__all__:
+        assert getattr(hf_nvfp4_qat, name).__doc__, name
