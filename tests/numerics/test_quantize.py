@@ -2,13 +2,14 @@
 
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_nvfp4_qat import NVFP4Tensor, fake_quantize_nvfp4, quantize_nvfp4
+from hf_nvfp4_qat import NVFP4Tensor, fake_quantize_nvfp4, numerics, quantize_nvfp4
 from hf_nvfp4_qat.numerics import eager, reference
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAGNITUDES, E2M1_TIES, E2M1_VALUES
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_amax, global_decode_scale_of_amax
@@ -305,6 +306,17 @@ def test_a_record_refuses_parts_that_do_not_belong_together():
         NVFP4Tensor(good.packed, good.block_scale[:2], good.global_decode_scale)
     with pytest.raises(ValueError, match="global_decode_scale"):
         NVFP4Tensor(good.packed, good.block_scale, good.global_decode_scale.double())
+
+
+def test_the_worked_block_of_the_format_document():
+    block = [0.42, -0.11, 0.05, 0.30, -0.27, 0.008, -0.35, 0.19, 0, 0.07, -0.02, 0.23, -0.16, 0.38, 0.12, -0.05]
+    weight = quantize_nvfp4(torch.tensor([block]))
+    document = (Path(numerics.__file__).parent / "FORMAT.md").read_text()
+    assert weight.global_decode_scale == 2.0**-12 and "g = 2^(-4-8) = 2^-12" in document
+    assert weight.block_scale.float().item() == 288 and "block_scale = 288" in document
+    assert weight.packed.numpy().tobytes().hex(" ") == "b7 61 0e 5e 20 59 7c 93"
+    assert "b7 61 0e 5e 20 59 7c 93" in document
+    assert weight.dequantize()[0, :4].tolist() == [0.421875, -0.10546875, 0.03515625, 0.28125]
 
 
 # Properties. Values: bfloat16 bit patterns with moderate exponents, zeros among them.
