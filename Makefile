@@ -5,6 +5,10 @@ VENV := .venv
 LATEST := .venv-latest
 TORCH := torch==2.13.0
 
+# glibc hands large tensors back to the system and takes them again, page by page; keeping them made a training step on
+# a 2-core machine 1.4 times as fast.
+REUSE_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
+
 .PHONY: demo test test-latest check clean
 
 # One environment for tests and demo. torch first: its wheel decides what the rest resolves against.
@@ -25,7 +29,7 @@ $(LATEST)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	HF_HUB_OFFLINE=1 $(VENV)/bin/python examples/demo.py
+	$(REUSE_MEMORY) HF_HUB_OFFLINE=1 $(VENV)/bin/python examples/demo.py
 
 check: $(VENV)/installed
 	$(VENV)/bin/ruff check .
