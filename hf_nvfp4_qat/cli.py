@@ -59,8 +59,10 @@ def _progress_bar() -> Iterator:
 
 
 def _refuse_occupied(destination: Path, overwrite: bool) -> None:
+    from hf_nvfp4_qat.checkpoint.files import PARTIAL_SUFFIX
+
     if destination.is_dir() and not overwrite:
-        kept = [path for path in destination.iterdir() if path.suffix != ".partial"]
+        kept = [path for path in destination.iterdir() if path.suffix != PARTIAL_SUFFIX]
         if kept:
             raise ValueError(
                 f"The destination must be empty, so that nothing is lost; {destination} holds {len(kept)} files. "
@@ -162,3 +164,7 @@ def inspect(
 def main() -> None:
     """Entry point of `nvfp4-qat`."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -86,7 +86,7 @@ def test_inspect_measures_the_error_of_each_layer(qwen3_dir, tmp_path):
     model, plain = load_qat(qwen3_dir), tiny_qwen3().bfloat16()
     for name, layer in qat_modules(model).items():
         original = plain.get_parameter(f"{name}.weight").float()
-        error = (layer.fake_quantized_weight().float() - original).norm() / original.norm()
+        error = (layer.fake_quantized_weight().float() - original).norm().detach() / original.norm().detach()
         assert layers[name]["relative_error"] == pytest.approx(float(error), rel=1e-5)
         assert layers[name]["bits_per_weight"] == pytest.approx(4.5, abs=0.05) and layers[name]["num_clipped"] == 0
     assert run_json(qwen3_dir) == layers

@@ -8,12 +8,18 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, CheckpointReader, resolve_checkpoint, staged_files
+from hf_nvfp4_qat.checkpoint.files import (
+    CONFIG_FILE,
+    PARTIAL_SUFFIX,
+    CheckpointReader,
+    StagedFiles,
+    resolve_checkpoint,
+    staged_files,
+)
 from hf_nvfp4_qat.checkpoint.load import check_packed
 from hf_nvfp4_qat.checkpoint.names import (
     INPUT_GLOBAL_SCALE,
@@ -25,8 +31,8 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantized_layers,
 )
 from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, packed_config, write_weights
-from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, skeleton
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, check_packed_count, ignored_layers, shared_scales
+from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, skeleton
+from hf_nvfp4_qat.checkpoint.stream import TensorSource, check_packed_count, ignored_layers, served_dtype, shared_scales
 from hf_nvfp4_qat.modules.swap import qat_modules, swap_linears
 
 Progress = Callable[[str, int, int], None]
@@ -56,16 +62,17 @@ def ptq_sources(
     model = skeleton(directory)
     swap_linears(model, preset=preset, exclude=exclude, output_embedding=model.get_output_embeddings())
     layers = qat_modules(model)
-    selected = {name: path for name, path in linear_weights(model).items() if path in layers}
-    module_names = {name: f"{path}.weight" for name, path in linear_weights(model).items()}
+    module_names = checkpoint_names(model)
+    weights = {f"{path}.weight" for path in layers}
+    selected = {name for name, module_name in module_names.items() if module_name in weights}
     found = {layer_of(name): partial(reader.get_tensor, name) for name in reader.names if name in selected}
     scales = shared_scales(found, progress=lambda num_done: progress("reading scales", num_done, len(found)))
     sources = [
         TensorSource(
             name=name,
             shape=reader.layout(name)[1],
-            dtype=_written_dtype(reader, name),
-            module_name=module_names.get(name, name),
+            dtype=served_dtype(model, name, _dtype(reader, name)),
+            module_name=module_names.get(name),
             load=partial(reader.get_tensor, name),
             global_decode_scale=partial(scales.__getitem__, layer_of(name)) if name in selected else None,
         )
@@ -100,15 +107,8 @@ def quantize_checkpoint(
         ValueError: bad input; nothing is written then.
     """
     sources, model, reader = ptq_sources(resolve_checkpoint(source), preset=preset, exclude=exclude, progress=progress)
-    num_done = 0
-
-    def count(_: TensorSource) -> None:
-        nonlocal num_done
-        num_done += 1
-        progress("packing", num_done, len(sources))
-
     with staged_files(destination) as staged:
-        write_weights(sources, staged, max_shard_size=max_shard_size, progress=count)
+        write_weights(sources, staged, max_shard_size=max_shard_size, progress=partial(progress, "packing"))
         _copy_other_files(reader.directory, staged)
         config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
         staged.write_json(CONFIG_FILE, config)
@@ -144,16 +144,9 @@ def dequantize_checkpoint(
         rows, half_columns = reader.layout(f"{layer}.{PACKED}")[1]
         load = partial(_decode, layer, reader)
         sources.append(TensorSource(f"{layer}.weight", (rows, 2 * half_columns), SERVED_DTYPE, None, load))
-    num_done = 0
-
-    def count(_: TensorSource) -> None:
-        nonlocal num_done
-        num_done += 1
-        progress("decoding", num_done, len(sources))
-
     config = {key: value for key, value in reader.config().items() if key != "quantization_config"}
     with staged_files(destination) as staged:
-        write_weights(sources, staged, max_shard_size=max_shard_size, progress=count)
+        write_weights(sources, staged, max_shard_size=max_shard_size, progress=partial(progress, "decoding"))
         _copy_other_files(reader.directory, staged)
         staged.write_json(CONFIG_FILE, config)
     return len(layers)
@@ -170,14 +163,9 @@ def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
     return _SAFETENSORS_DTYPES[stored]
 
 
-def _written_dtype(reader: CheckpointReader, name: str) -> torch.dtype:
-    dtype = _dtype(reader, name)
-    return SERVED_DTYPE if dtype in (torch.float64, torch.float32, torch.float16) else dtype
-
-
-def _copy_other_files(directory: Path, staged: Any) -> None:
+def _copy_other_files(directory: Path, staged: StagedFiles) -> None:
     """Tokenizer, generation config, chat template, code: everything beside weights and config.json."""
     for path in sorted(directory.iterdir()):
-        is_weights = path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".partial"))
+        is_weights = path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", PARTIAL_SUFFIX))
         if path.is_file() and not is_weights and path.name != CONFIG_FILE and not path.name.startswith("."):
             staged.path(path.name).write_bytes(path.read_bytes())

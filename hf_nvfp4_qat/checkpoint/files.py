@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,11 @@ from safetensors import safe_open
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
-PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".nvfp4-partial"
 
 
 class StagedFiles:
-    """Files of one checkpoint directory, written as ``NAME.partial`` until ``staged_files`` ends well."""
+    """Files of one checkpoint directory, written as ``NAME.nvfp4-partial`` until ``staged_files`` ends well."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -36,7 +37,7 @@ class StagedFiles:
 def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
     """All files of a checkpoint appear together, config.json last, or none does.
 
-    A killed process leaves only ``*.partial`` files, which nothing loads and the next save into the directory
+    A killed process leaves only ``*.nvfp4-partial`` files, which nothing loads and the next save into the directory
     removes; an exception leaves nothing. After success, weight files of an older save that the new one does not
     have are removed.
 
@@ -61,12 +62,14 @@ def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
             (directory / f"{name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
 
 
+_WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))
+
+
 def _remove_older_weights(directory: Path, names: set[str]) -> None:
-    if not any(name.endswith(".safetensors") for name in names):
-        return
-    for pattern in ("model*.safetensors", INDEX_FILE):
-        for path in directory.glob(pattern):
-            if path.name not in names:
+    """Loaders take model.safetensors before an index and vice versa; what the new save does not have must go."""
+    if any(_WEIGHTS_FILE.fullmatch(name) for name in names):
+        for path in list(directory.iterdir()):
+            if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in names:
                 path.unlink()
 
 

@@ -6,6 +6,7 @@ silently restarts at its initial weights. So a QAT model carries its own ``save_
 """
 
 import copy
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, StagedFiles, staged_files
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, PARTIAL_SUFFIX, StagedFiles, staged_files
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.modules.swap import qat_modules
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 SAVE_FORMATS = ("auto", "master", "nvfp4")
 DEFAULT_SHARD_SIZE = "5GB"
+_HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private")
+
+logger = logging.getLogger(__name__)
 
 
 def save_nvfp4(
@@ -36,7 +40,7 @@ def save_nvfp4(
     state_dict: dict[str, torch.Tensor] | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     variant: str | None = None,
-    progress: Callable[[TensorSource], None] | None = None,
+    progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> None:
     """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`, W4A16.
 
@@ -50,7 +54,7 @@ def save_nvfp4(
         state_dict: full master weights by module name, if they are not to be taken from the model.
         max_shard_size: bytes, or a string such as "5GB".
         variant: as in ``save_pretrained``: weights go to ``model.VARIANT.safetensors``.
-        progress: called with each weight once it is packed.
+        progress: called after each weight with (weights done, weights in all).
 
     Raises:
         ValueError: `model` has no QAT layer, weights cannot be packed or are missing, `path` is a file. Nothing is
@@ -92,7 +96,7 @@ def write_weights(
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     variant: str | None = None,
-    progress: Callable[[TensorSource], None] | None = None,
+    progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> None:
     """Pack and write `sources` as model.safetensors, or as shards with an index. One shard is in memory at a time."""
     by_name = {source.name: source for source in sources}
@@ -103,12 +107,13 @@ def write_weights(
         blobs, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
     )
     weight_map: dict[str, str] = {}
+    num_done = 0
     for file, names in plan.filename_to_tensors.items():
         shard: dict[str, torch.Tensor] = {}
         for name in names:
             shard.update({key: tensor.cpu() for key, tensor in by_name[name].tensors().items()})
-            if progress is not None:
-                progress(by_name[name])
+            num_done += 1
+            progress(num_done, len(sources))
         save_file(shard, staged.path(file), metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
     if plan.is_sharded:
@@ -176,33 +181,30 @@ class SavePretrained:
                     **kwargs,
                 )
         elif is_main_process:
-            if not push_to_hub:
-                save_nvfp4(
-                    self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant
-                )
-                return
-            self._save_and_push(save_directory, state_dict, max_shard_size, variant, token, **kwargs)
+            hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+            if kwargs:
+                logger.warning("Saving a packed checkpoint ignores %s.", ", ".join(sorted(kwargs)))
+            save_nvfp4(
+                self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant
+            )
+            if push_to_hub:
+                self._push(save_directory, token=token, **hub_options)
 
-    def _save_and_push(
+    def _push(
         self,
         save_directory: str | os.PathLike,
-        state_dict: dict[str, torch.Tensor] | None,
-        max_shard_size: int | str,
-        variant: str | None,
-        token: str | bool | None,
         *,
+        token: str | bool | None,
         repo_id: str | None = None,
         commit_message: str | None = None,
         create_pr: bool = False,
         private: bool | None = None,
-        **_upstream_only: Any,
     ) -> None:
         from huggingface_hub import HfApi
         from transformers.utils.hub import create_and_tag_model_card
 
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id or Path(save_directory).name, private=private, exist_ok=True).repo_id
-        save_nvfp4(self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant)
         card = create_and_tag_model_card(repo_id, self.model.model_tags, token=token)
         card.save(Path(save_directory) / "README.md")
         api.upload_folder(
@@ -210,7 +212,7 @@ class SavePretrained:
             folder_path=save_directory,
             commit_message=commit_message or "Upload NVFP4 checkpoint",
             create_pr=create_pr,
-            ignore_patterns=["checkpoint-*", "*.partial"],
+            ignore_patterns=["checkpoint-*", f"*{PARTIAL_SUFFIX}"],
         )
 
 

@@ -95,7 +95,6 @@ def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | No
     else:
         given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}
         scales = shared_scales(given)
-    keep_fp32 = _keeps_fp32(model)
     sources = []
     for name, (module_name, shape, load) in checkpoint_entries(model, weights).items():
         layer = layer_of(module_name or "")
@@ -104,14 +103,13 @@ def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | No
             TensorSource(
                 name=name,
                 shape=shape,
-                dtype=SERVED_DTYPE if dtype.is_floating_point and not keep_fp32(name) else dtype,
+                dtype=served_dtype(model, name, dtype),
                 module_name=module_name,
                 load=load,
                 global_decode_scale=partial(scales.__getitem__, layer) if module_name in quantized else None,
             )
         )
-    expected = len({id(layer.weight) for layer in layers.values()})
-    check_packed_count(sources, expected)
+    check_packed_count(sources, len({id(layer.weight) for layer in layers.values()}))
     return sources
 
 
@@ -210,13 +208,20 @@ def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:
     return sorted({*matrices, *absent})
 
 
+def served_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype an unquantized tensor is written in: bfloat16, unless Transformers keeps its module in fp32 regardless.
+
+    Args:
+        model: the model or its skeleton.
+        name: checkpoint name.
+        dtype: what the tensor is in now.
+    """
+    keep_fp32 = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    is_cast = dtype in (torch.float64, torch.float32, torch.float16) and set(keep_fp32).isdisjoint(name.split("."))
+    return SERVED_DTYPE if is_cast else dtype
+
+
 def iter_packed_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, tensor) of the packed checkpoint of `model`, one weight in memory at a time."""
     for source in packed_sources(model):
         yield from source.tensors().items()
-
-
-def _keeps_fp32(model: nn.Module) -> Callable[[str], bool]:
-    """Whether a checkpoint name belongs to a module that Transformers keeps in fp32 whatever the model's dtype."""
-    parts = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    return lambda name: not parts.isdisjoint(name.split("."))

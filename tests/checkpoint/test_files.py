@@ -33,10 +33,19 @@ def test_config_appears_last(tmp_path, monkeypatch):
 
 
 def test_left_overs_of_a_killed_save_are_removed_by_the_next(tmp_path):
-    (tmp_path / "model-00001-of-00002.safetensors.partial").write_bytes(b"half")
+    (tmp_path / "model-00001-of-00002.safetensors.nvfp4-partial").write_bytes(b"half")
     with staged_files(tmp_path) as staged:
         staged.write_json("config.json", {})
     assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+
+
+def test_only_files_of_the_replaced_checkpoint_are_removed(tmp_path):
+    mine = ("model_ema.safetensors", "model.fp16.safetensors", "download.partial", "adapter_model.safetensors")
+    for name in (*mine, "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).write_bytes(b"old")
+    with staged_files(tmp_path) as staged:
+        staged.path("model.safetensors").write_bytes(b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {*mine, "model.safetensors"}
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -88,6 +97,6 @@ def test_killing_the_command_line_halfway_leaves_nothing_that_looks_like_a_check
     process.wait()
     left = [path.name for path in output.iterdir()]
     assert process.returncode == -signal.SIGKILL
-    assert all(name.endswith(".partial") for name in left), left
+    assert all(name.endswith(".nvfp4-partial") for name in left), left
     with pytest.raises(ValueError, match="holds neither"):
         CheckpointReader(output)

@@ -207,6 +207,17 @@ def test_repeated_and_concurrent_saves_of_one_model_agree(qat_model, tmp_path):
     assert files[0] == files[1] == files[2]
 
 
+def test_progress_counts_every_weight(qat_model, tmp_path):
+    calls = []
+    save_nvfp4(qat_model, tmp_path, progress=lambda num_done, total: calls.append((num_done, total)))
+    assert calls == [(i, 24) for i in range(1, 25)]
+
+
+def test_ignored_arguments_are_reported(qat_model, tmp_path, caplog):
+    qat_model.save_pretrained(tmp_path, save_original_format=False)
+    assert "ignores save_original_format" in caplog.text
+
+
 def test_save_nvfp4_refuses_a_model_that_is_not_trained_in_nvfp4(tmp_path):
     with pytest.raises(ValueError, match="Qwen3ForCausalLM has no QATLinear"):
         save_nvfp4(tiny_qwen3(), tmp_path / "x")
