@@ -8,6 +8,7 @@ The gradient is the identity straight-through estimator: what reaches the fake-q
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -47,6 +48,20 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
+def check_adoptable(linear: nn.Linear, *, name: str) -> None:
+    """Refuse a layer that cannot become a QATLinear.
+
+    Raises:
+        ValueError: a weight without NVFP4 form, or a forward patched on the instance by somebody else.
+    """
+    check_weight(linear.weight, name=name)
+    if "forward" in vars(linear) and "_old_forward" not in vars(linear):
+        raise ValueError(
+            f"QAT replaces the forward of nn.Linear; {name} carries a patched forward of its own, which would go on "
+            "computing with unquantized weights. Prepare the model before it is patched, or exclude the layer."
+        )
+
+
 class QATLinear(nn.Linear):
     """A linear layer trained with NVFP4 weights (W4A16).
 
@@ -75,9 +90,12 @@ class QATLinear(nn.Linear):
             global_scales: the model's scale groups.
 
         Raises:
-            ValueError: a weight without NVFP4 form.
+            ValueError: as ``check_adoptable``.
         """
-        check_weight(linear.weight, name=name)
+        check_adoptable(linear, name=name)
+        if "_old_forward" in vars(linear):
+            # Accelerate's dispatch hooks (device_map) call the forward the module had when they were put on.
+            vars(linear)["_old_forward"] = MethodType(cls.forward, linear)
         linear.__class__ = cls
         assert isinstance(linear, cls)
         one = torch.ones((), dtype=torch.float32, device=linear.weight.device)

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
 from hf_nvfp4_qat.modules.global_scale import GlobalScales
-from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
 
 PRESETS = ("full", "ffn_only")
@@ -176,11 +176,15 @@ def swap_linears(
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _refuse_fused_experts(model, exclude)
     _refuse_idle_patterns(model, exclude)
-    reasons = {
-        name: reason
-        for name, module in linears.items()
-        if (reason := _reason_to_exclude(name, module, preset, exclude, module is output_embedding))
-    }
+    # A linear that shares an embedding's weight is the output embedding, whatever it is called.
+    input_embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = [module for module in (output_embedding, *input_embeddings) if module is not None]
+    embedding_weights = {id(parameter) for module in embeddings for parameter in module.parameters()}
+    reasons = {}
+    for name, module in linears.items():
+        reason = _reason_to_exclude(name, module, preset, exclude, id(module.weight) in embedding_weights)
+        if reason is not None:
+            reasons[name] = reason
     selected = {name: module for name, module in linears.items() if name not in reasons}
     _refuse_indivisible(selected)
     _refuse_split_groups(set(selected), set(linears))
@@ -189,6 +193,8 @@ def swap_linears(
             f"No layer is left to quantize: of {len(linears)} nn.Linear modules in {type(model).__name__}, all are "
             f"excluded ({_counted(reasons)}). NVFP4 covers torch.nn.Linear; check `preset` and `exclude`."
         )
+    for name, linear in selected.items():
+        check_adoptable(linear, name=name)
     global_scales = GlobalScales()
     for name, linear in selected.items():
         QATLinear.adopt(linear, name=name, scale_group=fused_group_key(name), global_scales=global_scales)

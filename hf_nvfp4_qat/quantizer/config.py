@@ -1,5 +1,6 @@
 """NVFP4QATConfig: what a user says about a model, and what config.json remembers of it."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -43,6 +44,12 @@ class NVFP4QATConfig(QuantizationConfigMixin):
                 raise ValueError(f"`{name}` is one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise ValueError(f"`exclude` is a list of strings; got {self.exclude!r}.")
+        for pattern in self.exclude:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"`exclude` holds {pattern!r}, which is no regular expression: {error}.") from None
         # Lists come from JSON and from users; a frozen record keeps a tuple.
         object.__setattr__(self, "exclude", tuple(self.exclude))
 

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
 from hf_nvfp4_qat import fake_quantize_nvfp4
@@ -76,6 +77,25 @@ def test_adopting_keeps_the_object_its_parameters_hooks_and_requires_grad():
 def test_adopting_an_indivisible_layer_names_it():
     with pytest.raises(ValueError, match=r"in_features divisible by 16; lm_head has 4001. Add it to `exclude`"):
         QATLinear.adopt(nn.Linear(4001, 8), name="lm_head", scale_group="", global_scales=GlobalScales())
+
+
+def test_accelerate_hooks_put_on_before_still_reach_the_quantized_forward():
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 48)
+    add_hook_to_module(linear, ModelHook())
+    layer = QATLinear.adopt(linear, name="x", scale_group="x", global_scales=GlobalScales())
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), F.linear(x, layer.fake_quantized_weight().float(), layer.bias))
+    remove_hook_from_module(layer)
+    assert torch.equal(layer(x), F.linear(x, layer.fake_quantized_weight().float(), layer.bias))
+
+
+def test_a_forward_patched_on_the_instance_is_refused():
+    linear = nn.Linear(32, 16)
+    linear.forward = lambda x: x
+    with pytest.raises(ValueError, match="up_proj carries a patched forward of its own"):
+        QATLinear.adopt(linear, name="up_proj", scale_group="x", global_scales=GlobalScales())
+    assert type(linear) is nn.Linear
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

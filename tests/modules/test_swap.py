@@ -100,6 +100,13 @@ def test_only_exact_linears_are_taken():
     assert report.excluded["special"] == "Special, a subclass of nn.Linear"
 
 
+def test_a_linear_tied_to_an_embedding_is_an_output_embedding_whatever_its_name():
+    model = nn.ModuleDict({"tokens": nn.Embedding(32, 16), "layer": nn.Linear(16, 16), "out": nn.Linear(16, 32)})
+    model["out"].weight = model["tokens"].weight
+    report = coverage(prepare_qat(model))
+    assert report.quantized == ("layer",) and report.excluded["out"] == "output embedding"
+
+
 def test_a_model_without_linears_is_refused():
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(ValueError, match="No layer is left to quantize: of 1 nn.Linear"):

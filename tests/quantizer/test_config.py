@@ -46,6 +46,7 @@ def test_it_is_frozen():
         ({"preset": "all"}, "`preset` is one of full, ffn_only; got 'all'"),
         ({"save_format": "gguf"}, "`save_format` is one of auto, master, nvfp4; got 'gguf'"),
         ({"exclude": "lm_head"}, "`exclude` is a list of strings; got 'lm_head'"),
+        ({"exclude": ["re:(unclosed"]}, "holds 're:\\(unclosed', which is no regular expression"),
         ({"exclude": [1]}, "`exclude` is a list of strings"),
     ],
 )
