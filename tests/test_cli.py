@@ -52,6 +52,16 @@ def test_quantize_reads_and_writes_shards_and_keeps_the_other_files(qwen3_dir, t
     assert verify_nvfp4(tmp_path / "out", load_qat(tmp_path / "source")).ok
 
 
+def test_tied_copies_in_the_source_are_kept_and_noted(qwen3_dir, tmp_path):
+    shutil.copytree(qwen3_dir, tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    assert run("quantize", tmp_path / "source", tmp_path / "out")[0] == 0
+    code, output = run("verify", tmp_path / "out")
+    assert code == 0 and "lm_head.weight: not a tensor of Qwen3ForCausalLM, but skipped by loaders" in output
+
+
 def test_quantize_takes_presets_and_excludes(qwen3_dir, tmp_path):
     assert "6 layers packed" in run("quantize", qwen3_dir, tmp_path / "a", "--preset", "ffn_only")[1]
     assert "12 layers packed" in run("quantize", qwen3_dir, tmp_path / "b", "--exclude", "o_proj")[1]

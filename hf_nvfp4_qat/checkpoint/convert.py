@@ -32,7 +32,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, packed_config, write_weights
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, skeleton
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, check_packed_count, ignored_layers, served_dtype, shared_scales
+from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, served_dtype, shared_scales
 from hf_nvfp4_qat.modules.swap import qat_modules, swap_linears
 
 Progress = Callable[[str, int, int], None]
@@ -78,7 +78,12 @@ def ptq_sources(
         )
         for name in reader.names
     ]
-    check_packed_count(sources, len(layers))
+    if len(found) != len(layers):
+        raise ValueError(
+            f"All {len(layers)} linears to quantize must be in the checkpoint under the names that published "
+            f"{type(model).__name__} checkpoints have; {directory} has {len(found)} of them. A training checkpoint can "
+            "have others: load it with `from_pretrained(..., quantization_config=NVFP4QATConfig())` and save it."
+        )
     return sources, model, reader
 
 

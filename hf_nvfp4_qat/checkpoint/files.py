@@ -37,9 +37,9 @@ class StagedFiles:
 def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
     """All files of a checkpoint appear together, config.json last, or none does.
 
-    A killed process leaves only ``*.nvfp4-partial`` files, which nothing loads and the next save into the directory
-    removes; an exception leaves nothing. After success, weight files of an older save that the new one does not
-    have are removed.
+    A killed process leaves ``*.nvfp4-partial`` files, which nothing loads and the next save into the directory removes;
+    an exception leaves nothing. An older checkpoint in the directory stays whole until the new one is; between the two,
+    for as long as renaming takes, there is no config.json and nothing loads.
 
     Raises:
         ValueError: `directory` is a file.
@@ -53,10 +53,13 @@ def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
     staged = StagedFiles(directory)
     try:
         yield staged
-        # Without a config.json the directory is no checkpoint, so it comes last.
+        # From here to the end nothing loads: without a config.json the directory is no checkpoint.
+        if CONFIG_FILE in staged.names:
+            (directory / CONFIG_FILE).unlink(missing_ok=True)
+        if any(_WEIGHTS_FILE.fullmatch(name) for name in staged.names):
+            remove_weights(directory, keep=set(staged.names))
         for name in sorted(dict.fromkeys(staged.names), key=lambda name: name == CONFIG_FILE):
             os.replace(directory / f"{name}{PARTIAL_SUFFIX}", directory / name)
-        _remove_older_weights(directory, set(staged.names))
     finally:
         for name in staged.names:
             (directory / f"{name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
@@ -65,12 +68,14 @@ def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
 _WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))
 
 
-def _remove_older_weights(directory: Path, names: set[str]) -> None:
-    """Loaders take model.safetensors before an index and vice versa; what the new save does not have must go."""
-    if any(_WEIGHTS_FILE.fullmatch(name) for name in names):
-        for path in list(directory.iterdir()):
-            if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in names:
-                path.unlink()
+def remove_weights(directory: Path, *, keep: set[str]) -> None:
+    """Remove model.safetensors, its shards and its index, but for the files named in `keep`.
+
+    Of two saves in one directory a loader may take the older: model.safetensors comes before an index.
+    """
+    for path in list(directory.iterdir()):
+        if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in keep:
+            path.unlink()
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -95,7 +100,10 @@ class CheckpointReader:
         self.directory = Path(directory)
         index = self.directory / INDEX_FILE
         single = self.directory / "model.safetensors"
-        if index.is_file():
+        # model.safetensors first, as Transformers does.
+        if single.is_file():
+            self.file_of = dict.fromkeys(_tensor_names(single), single.name)
+        elif index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
             if missing:
@@ -104,8 +112,6 @@ class CheckpointReader:
                     "Download or copy the whole checkpoint."
                 )
             self.file_of = dict(weight_map)
-        elif single.is_file():
-            self.file_of = dict.fromkeys(_tensor_names(single), single.name)
         else:
             raise ValueError(
                 f"A checkpoint directory holds model.safetensors or {INDEX_FILE}; {self.directory} holds neither."

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, PARTIAL_SUFFIX, StagedFiles, staged_files
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, remove_weights, staged_files
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.modules.swap import qat_modules
@@ -39,9 +39,8 @@ def save_nvfp4(
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    variant: str | None = None,
     progress: Callable[[int, int], None] = lambda num_done, total: None,
-) -> None:
+) -> list[str]:
     """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`, W4A16.
 
     vLLM, SGLang and plain Transformers (with compressed-tensors) load it without this package. What is not quantized
@@ -53,8 +52,10 @@ def save_nvfp4(
         path: directory, made if missing.
         state_dict: full master weights by module name, if they are not to be taken from the model.
         max_shard_size: bytes, or a string such as "5GB".
-        variant: as in ``save_pretrained``: weights go to ``model.VARIANT.safetensors``.
         progress: called after each weight with (weights done, weights in all).
+
+    Returns:
+        Names of the files written.
 
     Raises:
         ValueError: `model` has no QAT layer, weights cannot be packed or are missing, `path` is a file. Nothing is
@@ -68,11 +69,11 @@ def save_nvfp4(
     sources = packed_sources(model, state_dict=state_dict)
     config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
     with staged_files(path) as staged:
-        write_weights(sources, staged, max_shard_size=max_shard_size, variant=variant, progress=progress)
+        write_weights(sources, staged, max_shard_size=max_shard_size, progress=progress)
         staged.write_json(CONFIG_FILE, config)
         if model.can_generate():
             staged.write_json("generation_config.json", model.generation_config.to_diff_dict())
-    _save_remote_code(model, path)
+    return staged.names + _save_remote_code(model, path)
 
 
 def packed_config(config: Any, *, model: "PreTrainedModel", ignore: list[str]) -> dict[str, Any]:
@@ -95,16 +96,14 @@ def write_weights(
     staged: StagedFiles,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    variant: str | None = None,
     progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> None:
     """Pack and write `sources` as model.safetensors, or as shards with an index. One shard is in memory at a time."""
     by_name = {source.name: source for source in sources}
     # The planner looks at sizes only, and a weight's three tensors stay together: plan with one blob a weight.
     blobs = {source.name: torch.empty(source.nbytes, dtype=torch.uint8, device="meta") for source in sources}
-    stem = "model" if variant is None else f"model.{variant}"
     plan = split_torch_state_dict_into_shards(
-        blobs, filename_pattern=f"{stem}{{suffix}}.safetensors", max_shard_size=max_shard_size
+        blobs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     weight_map: dict[str, str] = {}
     num_done = 0
@@ -121,8 +120,7 @@ def write_weights(
             "total_size": sum(source.nbytes for source in sources),
             "total_parameters": sum(torch.Size(source.shape).numel() for source in sources),
         }
-        index_file = "model.safetensors.index.json" if variant is None else f"model.safetensors.index.{variant}.json"
-        staged.write_json(index_file, {"metadata": metadata, "weight_map": weight_map})
+        staged.write_json(INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
 
 
 def is_training_checkpoint(directory: str | os.PathLike) -> bool:
@@ -161,13 +159,19 @@ class SavePretrained:
             state_dict: full master weights by module name; honoured, unlike upstream for quantized models.
             push_to_hub: also upload the directory; `repo_id` and the like are taken from `kwargs`.
             max_shard_size: bytes, or a string such as "5GB".
-            variant, token, kwargs: as upstream.
+            variant: as upstream for master weights; a packed checkpoint has none.
+            token, kwargs: as upstream.
+
+        Raises:
+            ValueError: as ``save_nvfp4``, or a `variant` for a packed checkpoint.
         """
         resumable = is_training_checkpoint(save_directory)
         if self.save_format == "master" or (self.save_format == "auto" and resumable):
             if resumable:
                 # The Trainer resumes with load_state_dict, which knows module names and fused parameters only.
                 kwargs.setdefault("save_original_format", False)
+            if is_main_process and Path(save_directory).is_dir():
+                remove_weights(Path(save_directory), keep=set())
             with _as_unquantized(self.model):
                 type(self.model).save_pretrained(
                     self.model,
@@ -184,15 +188,18 @@ class SavePretrained:
             hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             if kwargs:
                 logger.warning("Saving a packed checkpoint ignores %s.", ", ".join(sorted(kwargs)))
-            save_nvfp4(
-                self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size, variant=variant
-            )
+            if variant is not None:
+                raise ValueError(
+                    f"A packed checkpoint has no variants; got variant={variant!r}. Give it a directory of its own."
+                )
+            files = save_nvfp4(self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size)
             if push_to_hub:
-                self._push(save_directory, token=token, **hub_options)
+                self._push(save_directory, files, token=token, **hub_options)
 
     def _push(
         self,
         save_directory: str | os.PathLike,
+        files: list[str],
         *,
         token: str | bool | None,
         repo_id: str | None = None,
@@ -212,7 +219,8 @@ class SavePretrained:
             folder_path=save_directory,
             commit_message=commit_message or "Upload NVFP4 checkpoint",
             create_pr=create_pr,
-            ignore_patterns=["checkpoint-*", f"*{PARTIAL_SUFFIX}"],
+            # Only what this save wrote: the directory may hold optimizer states, logs and anything else.
+            allow_patterns=[*files, "README.md"],
         )
 
 
@@ -229,8 +237,9 @@ def _as_unquantized(model: "PreTrainedModel") -> Iterator[None]:
         model.config.quantization_config = config
 
 
-def _save_remote_code(model: "PreTrainedModel", path: str | os.PathLike) -> None:
-    if model.is_remote_code():
-        from transformers.dynamic_module_utils import custom_object_save
+def _save_remote_code(model: "PreTrainedModel", path: str | os.PathLike) -> list[str]:
+    if not model.is_remote_code():
+        return []
+    from transformers.dynamic_module_utils import custom_object_save
 
-        custom_object_save(model, path, config=model.config)
+    return [Path(file).name for file in custom_object_save(model, path, config=model.config) or ()]

@@ -5,6 +5,7 @@ A module's name is not always its checkpoint name (Transformers renames and regr
 arrival: a packer keyed on module names once packed nothing and wrote a packed config all the same.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -189,10 +190,11 @@ def checkpoint_entries(model: nn.Module, weights: dict[str, torch.Tensor]) -> di
 
 
 def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:
-    """Checkpoint names for `ignore`: every matrix that vLLM may run as a linear and that is not packed.
+    """Names for `ignore`: every matrix that a loader may run as a linear and that is not packed.
 
-    Routers are among them even where they are no nn.Linear here, since vLLM's are, and output embeddings tied to the
-    input embedding, which the checkpoint does not hold.
+    Under both its names where they differ: vLLM compares with checkpoint names, Transformers with module names, and
+    builds a layer that it does not find there as packed, uninitialized. Routers are among them even where they are
+    no nn.Linear here, since vLLM's are, and output embeddings tied to the input embedding, which no file holds.
     """
     embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     matrices = [
@@ -203,9 +205,7 @@ def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:
         and source.name.endswith(".weight")
         and source.module_name not in embeddings
     ]
-    module_names = {source.module_name for source in sources}
-    absent = [name for name in getattr(model, "nvfp4_excluded", {}) if f"{name}.weight" not in module_names]
-    return sorted({*matrices, *absent})
+    return sorted({*matrices, *getattr(model, "nvfp4_excluded", {})})
 
 
 def served_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
@@ -217,8 +217,8 @@ def served_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype
         dtype: what the tensor is in now.
     """
     keep_fp32 = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    is_cast = dtype in (torch.float64, torch.float32, torch.float16) and set(keep_fp32).isdisjoint(name.split("."))
-    return SERVED_DTYPE if is_cast else dtype
+    is_kept = any(re.search(rf"(^|\.){key}($|\.)", name) for key in keep_fp32)
+    return SERVED_DTYPE if dtype in (torch.float64, torch.float32, torch.float16) and not is_kept else dtype
 
 
 def iter_packed_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -181,25 +181,34 @@ def _check_architecture(reader: CheckpointReader, layers: list[str], report: Ver
     }
     present -= {f"{layer}.{part}" for layer in packed for part in _PARTS}
     report.problems += [f"{name}: missing" for name in sorted(set(expected) - present)]
-    report.problems += [f"{name}: not a tensor of {type(model).__name__}" for name in sorted(present - set(expected))]
+    for name in sorted(present - set(expected)):
+        is_skipped = name in model.all_tied_weights_keys or name.endswith("rotary_emb.inv_freq")
+        found = report.notes if is_skipped else report.problems
+        found.append(
+            f"{name}: not a tensor of {type(model).__name__}{', but skipped by loaders' if is_skipped else ''}"
+        )
     for name, shape in expected.items():
         layer = layer_of(name)
-        found: tuple[int, ...] | None = None
+        shape_found: tuple[int, ...] | None = None
         if layer in packed:
             rows, half_columns = reader.layout(f"{layer}.{PACKED}")[1]
-            found = (rows, 2 * half_columns)
+            shape_found = (rows, 2 * half_columns)
         elif name in present:
-            found = reader.layout(name)[1]
-        if found is not None and found != shape:
-            report.problems.append(f"{name}: shape {list(found)}, the model's is {list(shape)}")
+            shape_found = reader.layout(name)[1]
+        if shape_found is not None and shape_found != shape:
+            report.problems.append(f"{name}: shape {list(shape_found)}, the model's is {list(shape)}")
     ignore = (reader.config().get("quantization_config") or {}).get("ignore") or []
-    for name in linear_weights(model):
+    for name, module_path in linear_weights(model).items():
         layer = layer_of(name)
-        is_ignored = any(matches(layer, pattern) for pattern in ignore)
-        if layer in packed and is_ignored:
+        by_name, by_path = (any(matches(path, pattern) for pattern in ignore) for path in (layer, module_path))
+        if layer in packed and (by_name or by_path):
             report.problems.append(f"{layer}: packed, but `ignore` tells loaders it is not")
-        elif layer not in packed and not is_ignored and name in present:
+        elif layer not in packed and name in present and not by_name:
             report.problems.append(f"{layer}: not packed and not in `ignore`; vLLM would look for packed weights")
+        elif layer not in packed and name in present and not by_path:
+            report.problems.append(
+                f"{layer}: `ignore` lacks its module name {module_path}; Transformers looks for that"
+            )
 
 
 def _check_against_model(reader: CheckpointReader, model: PreTrainedModel, report: Verification) -> None:

@@ -1,8 +1,10 @@
 """Which layers of a model train in NVFP4: the rules, the swap, and the report of what was left out and why."""
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,10 @@ _EXCLUDED_TOWERS = {
     "audio_model": "audio tower",
     "multi_modal_projector": "modality projector",
     "mm_projector": "modality projector",
+    "modality_projection": "modality projector",
+    "language_projection": "modality projector",
+    "connector": "modality projector",
+    "aligner": "modality projector",
     "embed_vision": "modality projector",
     "embed_audio": "modality projector",
 }
@@ -182,7 +188,8 @@ def swap_linears(
     embedding_weights = {id(parameter) for module in embeddings for parameter in module.parameters()}
     reasons = {}
     for name, module in linears.items():
-        reason = _reason_to_exclude(name, module, preset, exclude, id(module.weight) in embedding_weights)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        reason = _reason_to_exclude(name, module, parent, preset, exclude, id(module.weight) in embedding_weights)
         if reason is not None:
             reasons[name] = reason
     selected = {name: module for name, module in linears.items() if name not in reasons}
@@ -218,8 +225,27 @@ def refresh_global_scales(model: nn.Module) -> None:
         scales.refresh()
 
 
+@cache
+def _source_of(module_class: Any) -> str:
+    """Source of a class; empty for one that has none, which is then taken to call its children."""
+    try:
+        return inspect.getsource(module_class)
+    except (OSError, TypeError):
+        return ""
+
+
+def _reads_weight(parent: nn.Module, local_name: str) -> bool:
+    """Whether a module computes with the weight of a child itself, as Mamba mixers do, and so not with NVFP4 values.
+
+    Only the source tells before training.
+    """
+    parent_class: Any = type(parent)
+    pattern = rf"self\.{re.escape(local_name)}\.weight\b(?!\.(dtype|device|shape))"
+    return re.search(pattern, _source_of(parent_class)) is not None
+
+
 def _reason_to_exclude(
-    name: str, module: nn.Module, preset: str, exclude: tuple[str, ...], is_output_embedding: bool
+    name: str, module: nn.Module, parent: nn.Module, preset: str, exclude: tuple[str, ...], is_output_embedding: bool
 ) -> str | None:
     if pattern := next((pattern for pattern in exclude if matches(name, pattern)), None):
         return f"exclude: {pattern}"
@@ -227,6 +253,8 @@ def _reason_to_exclude(
         return f"{type(module).__name__}, a subclass of nn.Linear"
     if is_output_embedding:
         return "output embedding"
+    if _reads_weight(parent, name.rpartition(".")[2]):
+        return f"its weight is read by {type(parent).__name__}, past its forward"
     return _reason_by_rule(name, preset)
 
 

@@ -25,7 +25,8 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     Args:
         path: directory or Hub repository id of a compressed-tensors `nvfp4-pack-quantized` checkpoint, ours or another
             tool's.
-        config: what to quantize; None quantizes exactly the layers that are packed in the checkpoint.
+        config: what to quantize; None quantizes the layers that are packed in the checkpoint, but for those that
+            ``NVFP4QATConfig`` leaves out by rule (the report counts them).
         kwargs: for ``from_pretrained`` (`dtype`, `device_map`, `revision`, ...); `dtype` is that of the master
             weights and of everything else, bfloat16 by default.
 
@@ -46,7 +47,8 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     decoded = {path: module.weight.detach() for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     prepare_qat(model, config)
     model.nvfp4_requantization = _requantization(model, reader, decoded, linears)
-    report = logger.warning if model.nvfp4_requantization.moved else logger.info
+    requantization = model.nvfp4_requantization
+    report = logger.warning if requantization.moved or requantization.not_trained else logger.info
     report("%s: %s.", path, model.nvfp4_requantization)
     return model
 

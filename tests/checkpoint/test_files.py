@@ -32,6 +32,21 @@ def test_config_appears_last(tmp_path, monkeypatch):
     assert order[-1] == "config.json" and len(order) == 3
 
 
+def test_a_crash_while_renaming_over_a_checkpoint_leaves_nothing_that_loads(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+
+    def fail(a, b):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt), staged_files(tmp_path) as staged:
+        staged.path("model-00001-of-00002.safetensors").write_bytes(b"x")
+        staged.write_json("config.json", {})
+        assert (tmp_path / "model.safetensors").exists() and (tmp_path / "config.json").exists()  # whole until the end
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_left_overs_of_a_killed_save_are_removed_by_the_next(tmp_path):
     (tmp_path / "model-00001-of-00002.safetensors.nvfp4-partial").write_bytes(b"half")
     with staged_files(tmp_path) as staged:

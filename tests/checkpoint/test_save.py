@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint import stream
+from hf_nvfp4_qat.checkpoint.files import CheckpointReader
 from hf_nvfp4_qat.checkpoint.names import from_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules
 
@@ -183,9 +184,23 @@ def test_the_index_counts_bytes_and_parameters(qat_model, tmp_path):
     assert index["metadata"]["total_parameters"] == sum(p.numel() for p in qat_model.parameters())
 
 
-def test_the_variant_goes_into_the_file_name(qat_model, tmp_path):
-    qat_model.save_pretrained(tmp_path, variant="nvfp4")
-    assert (tmp_path / "model.nvfp4.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
+def test_a_variant_of_a_packed_checkpoint_is_refused(qat_model, tmp_path):
+    with pytest.raises(ValueError, match="no variants; got variant='nvfp4'"):
+        qat_model.save_pretrained(tmp_path / "packed", variant="nvfp4")
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("first, then", [("nvfp4", "master"), ("master", "nvfp4")])
+@pytest.mark.parametrize("sizes", [("20KB", "5GB"), ("5GB", "20KB")])
+def test_saving_in_the_other_format_over_a_checkpoint_leaves_only_the_new_one(qat_model, tmp_path, first, then, sizes):
+    for save_format, max_shard_size in zip((first, then), sizes, strict=True):
+        with torch.no_grad():
+            qat_model.model.norm.weight.add_(1)
+        qat_model.save_pretrained.save_format = save_format
+        qat_model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.norm.weight.float(), qat_model.model.norm.weight)
+    assert set(CheckpointReader(tmp_path).file_of.values()) == {path.name for path in tmp_path.glob("*.safetensors")}
 
 
 def test_copies_and_pickles_save_themselves(qat_model, tmp_path):
@@ -257,8 +272,15 @@ def test_checkpoint_names_are_used_where_they_differ_from_module_names(tmp_path)
     ignore = config_of(tmp_path / "packed")["quantization_config"]["ignore"]
     matrices = {n.removesuffix(".weight") for n, t in original.items() if n.endswith(".weight") and t.ndim == 2}
     embeddings = {name for name in matrices if "embed" in name}
-    assert set(ignore) == matrices - packed - embeddings
+    assert set(ignore) >= matrices - packed - embeddings and not set(ignore) & packed
     assert verify_nvfp4(tmp_path / "packed", model).ok
+    # Plain Transformers finds every tensor: it compares `ignore` with module names.
+    served, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    expected = model.eval()(input_ids=tokens(8) % 64).logits
+    assert torch.equal(served(input_ids=tokens(8) % 64).logits, expected)
+    for name, parameter in served.vision_tower.named_parameters() if hasattr(served, "vision_tower") else ():
+        assert torch.equal(parameter, model.vision_tower.get_parameter(name))
 
 
 def test_routers_and_excluded_experts_are_listed_in_ignore(tmp_path):
@@ -269,6 +291,15 @@ def test_routers_and_excluded_experts_are_listed_in_ignore(tmp_path):
     ignore = config_of(tmp_path)["quantization_config"]["ignore"]
     assert "model.layers.0.mlp.gate" in ignore and "model.layers.0.mlp.experts.3.down_proj" in ignore
     assert verify_nvfp4(tmp_path, model).ok
+
+
+def test_modules_that_transformers_keeps_in_fp32_are_not_cast():
+    model = nn.Module()
+    model._keep_in_fp32_modules_strict = {"gate.weight", "norm"}
+    cast = {
+        name: stream.served_dtype(model, name, torch.float32) for name in ("mlp.gate.weight", "norm.bias", "up.weight")
+    }
+    assert list(cast.values()) == [torch.float32, torch.float32, torch.bfloat16]
 
 
 def test_a_plain_module_can_be_prepared_and_streamed():

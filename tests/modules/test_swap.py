@@ -107,6 +107,23 @@ def test_a_linear_tied_to_an_embedding_is_an_output_embedding_whatever_its_name(
     assert report.quantized == ("layer",) and report.excluded["out"] == "output embedding"
 
 
+def test_a_layer_whose_weight_the_parent_reads_itself_is_left_out():
+    """Its forward never runs, so it would train in high precision and leave in NVFP4."""
+
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_proj, self.dt_proj, self.x_proj = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            assert x.dtype == self.x_proj.weight.dtype
+            return self.x_proj(self.in_proj(x)) @ self.dt_proj.weight.t()
+
+    report = coverage(prepare_qat(nn.ModuleDict({"mixer": Mixer()})))
+    assert report.quantized == ("mixer.in_proj", "mixer.x_proj")
+    assert report.excluded["mixer.dt_proj"] == "its weight is read by Mixer, past its forward"
+
+
 def test_a_model_without_linears_is_refused():
     gpt2 = AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(ValueError, match="No layer is left to quantize: of 1 nn.Linear"):
