@@ -101,9 +101,11 @@ def global_amax(weight: torch.Tensor) -> torch.Tensor:
     """
     if weight.numel() == 0:
         return torch.zeros(global_scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
-    low, high = torch.aminmax(weight.detach().reshape(*weight.shape[:-2], -1), dim=-1)
+    # Matrix by matrix: with a `dim`, aminmax is forty times slower on a CPU.
+    matrices = weight.detach().reshape(-1, *weight.shape[-2:]).unbind()
+    magnitudes = [torch.maximum(-low, high) for low, high in map(torch.aminmax, matrices)]
     # Rounding to bf16 is monotonic, so the largest rounded magnitude is the rounded largest magnitude.
-    return torch.maximum(-low, high).to(torch.bfloat16).float()
+    return torch.stack(magnitudes).view(global_scale_shape(weight.shape)).to(torch.bfloat16).float()
 
 
 def global_decode_scale_of_amax(amax: torch.Tensor) -> torch.Tensor:
