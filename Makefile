@@ -25,7 +25,7 @@ $(LATEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(LATEST)
 	$(LATEST)/bin/pip install -q --upgrade pip
 	$(LATEST)/bin/pip install -q $(TORCH)
-	$(LATEST)/bin/pip install -q --upgrade --upgrade-strategy eager transformers -e '.[dev]'
+	$(LATEST)/bin/pip install -q --upgrade $(TORCH) transformers accelerate huggingface-hub -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/installed
