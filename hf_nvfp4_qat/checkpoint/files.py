@@ -57,7 +57,9 @@ def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
         if CONFIG_FILE in staged.names:
             (directory / CONFIG_FILE).unlink(missing_ok=True)
         if any(_WEIGHTS_FILE.fullmatch(name) for name in staged.names):
-            remove_weights(directory, keep=set(staged.names))
+            for older in weight_files(directory):
+                if older.name not in staged.names:
+                    older.unlink()
         for name in sorted(dict.fromkeys(staged.names), key=lambda name: name == CONFIG_FILE):
             os.replace(directory / f"{name}{PARTIAL_SUFFIX}", directory / name)
     finally:
@@ -68,14 +70,14 @@ def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
 _WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))
 
 
-def remove_weights(directory: Path, *, keep: set[str]) -> None:
-    """Remove model.safetensors, its shards and its index, but for the files named in `keep`.
+def weight_files(directory: str | os.PathLike) -> dict[Path, tuple[int, int]]:
+    """model.safetensors, its shards and its index in a directory, each with (inode, modification time in ns).
 
     Of two saves in one directory a loader may take the older: model.safetensors comes before an index.
     """
-    for path in list(directory.iterdir()):
-        if _WEIGHTS_FILE.fullmatch(path.name) and path.name not in keep:
-            path.unlink()
+    directory = Path(directory)
+    paths = [path for path in directory.iterdir() if _WEIGHTS_FILE.fullmatch(path.name)] if directory.is_dir() else []
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
 def _tensor_names(path: Path) -> list[str]:

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, remove_weights, staged_files
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, staged_files, weight_files
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.modules.swap import qat_modules
@@ -170,8 +170,7 @@ class SavePretrained:
             if resumable:
                 # The Trainer resumes with load_state_dict, which knows module names and fused parameters only.
                 kwargs.setdefault("save_original_format", False)
-            if is_main_process and Path(save_directory).is_dir():
-                remove_weights(Path(save_directory), keep=set())
+            older = weight_files(save_directory) if is_main_process else {}
             with _as_unquantized(self.model):
                 type(self.model).save_pretrained(
                     self.model,
@@ -184,6 +183,11 @@ class SavePretrained:
                     token=token,
                     **kwargs,
                 )
+            # Upstream leaves what it did not overwrite, and a loader may take that. Only now, so that a save which
+            # fails loses nothing.
+            for path, stamp in older.items():
+                if variant is None and weight_files(save_directory).get(path) == stamp:
+                    path.unlink()
         elif is_main_process:
             hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             if kwargs:
