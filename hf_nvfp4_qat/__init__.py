@@ -3,6 +3,8 @@
 Importing this package registers the quantizer ``nvfp4_qat`` with Transformers and does nothing else.
 """
 
+from typing import TYPE_CHECKING, Any
+
 # Numerics: what NVFP4 is
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_nvfp4, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -17,10 +19,15 @@ from hf_nvfp4_qat.checkpoint.save import save_nvfp4
 from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.quantizer.load import load_nvfp4
 
+if TYPE_CHECKING:
+    # Rollouts: packed weights into vLLM before each generation
+    from hf_nvfp4_qat.trl_callbacks.callback import NVFP4RolloutCallback
+
 __version__ = "0.1.0"
 
 __all__ = [
     "NVFP4QATConfig",
+    "NVFP4RolloutCallback",
     "NVFP4Tensor",
     "coverage",
     "fake_quantize_nvfp4",
@@ -31,3 +38,16 @@ __all__ = [
     "save_nvfp4",
     "verify_nvfp4",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: Transformers' callbacks bring its trainer along, and with it whatever trackers are installed.
+    if name == "NVFP4RolloutCallback":
+        from hf_nvfp4_qat.trl_callbacks.callback import NVFP4RolloutCallback
+
+        return NVFP4RolloutCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

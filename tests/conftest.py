@@ -4,8 +4,16 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A small engine in the process of the tests, which leaves the scheduling of threads to the system.
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # The bar would be drawn for every tiny model.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,6 +36,16 @@ SIZES = dict(
     vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=128,
 )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine has not got, and say so; run vLLM's tests last, since an engine changes its process."""
+    for item in items:
+        if item.get_closest_marker("vllm") and find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
 
 
 def tiny_qwen3(**changes) -> PreTrainedModel:

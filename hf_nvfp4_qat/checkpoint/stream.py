@@ -6,7 +6,7 @@ arrival: a packer keyed on module names once packed nothing and wrote a packed c
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
+from hf_nvfp4_qat.distributed.gather import full_shape
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import qat_modules, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
@@ -74,7 +75,12 @@ class TensorSource:
         return to_checkpoint(layer_of(self.name), packed)
 
 
-def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | None = None) -> list[TensorSource]:
+def packed_sources(
+    model: nn.Module,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[TensorSource]:
     """Every tensor of a packed checkpoint of `model`, in checkpoint order, still to be loaded and packed.
 
     Reads the global scales of the model, after refreshing them; for given weights they are computed from those.
@@ -83,13 +89,17 @@ def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | No
         model: a QAT model; a ``PreTrainedModel`` for checkpoint names other than its module names.
         state_dict: full master weights by module name, if they are not to be taken from the model: FSDP gathers them,
             and an average of weights is none of the model's.
+        gather: makes a weight of the model whole when it is loaded, if the model may be sharded.
 
     Raises:
         ValueError: the number of quantized tensors is not the number of QAT weights.
     """
-    layers = qat_modules(model)
+    layers = {plain_name(name): layer for name, layer in qat_modules(model).items()}
     quantized = {f"{name}.weight" for name in layers}
-    weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
+    if gather is not None:
+        weights = live_weights(model)
+    else:
+        weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
     if state_dict is None:
         refresh_global_scales(model)
         scales = {name: layer.global_decode_scale for name, layer in layers.items()}
@@ -97,7 +107,7 @@ def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | No
         given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}
         scales = shared_scales(given)
     sources = []
-    for name, (module_name, shape, load) in checkpoint_entries(model, weights).items():
+    for name, (module_name, shape, load) in checkpoint_entries(model, weights, gather=gather).items():
         layer = layer_of(module_name or "")
         dtype = weights[module_name].dtype if module_name else load().dtype
         sources.append(
@@ -112,6 +122,21 @@ def packed_sources(model: nn.Module, *, state_dict: dict[str, torch.Tensor] | No
         )
     check_packed_count(sources, len({id(layer.weight) for layer in layers.values()}))
     return sources
+
+
+def plain_name(name: str) -> str:
+    """`name` without what activation checkpointing puts into the paths of the modules it wraps."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
+def live_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters themselves, tied ones once, and the persistent buffers, by module name; shards where sharded."""
+    buffers = {}
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                buffers[f"{path}.{name}".lstrip(".")] = buffer
+    return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *buffers.items())}
 
 
 def shared_scales(
@@ -159,7 +184,12 @@ def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dic
     return remove_tied_weights_from_state_dict(kept, model)
 
 
-def checkpoint_entries(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, CheckpointEntry]:
+def checkpoint_entries(
+    model: nn.Module,
+    weights: dict[str, torch.Tensor],
+    *,
+    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> dict[str, CheckpointEntry]:
     """Checkpoint name to (module name or None, shape, loader), by reversing the loading conversions.
 
     The reversal runs on meta tensors. What comes out as the very tensor that went in was only renamed; what does not
@@ -168,19 +198,22 @@ def checkpoint_entries(model: nn.Module, weights: dict[str, torch.Tensor]) -> di
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import PreTrainedModel
 
+    def load(module_name: str) -> torch.Tensor:
+        return weights[module_name] if gather is None else gather(weights[module_name])
+
     if not isinstance(model, PreTrainedModel):
-        return {
-            name: (name, tuple(tensor.shape), partial(weights.__getitem__, name)) for name, tensor in weights.items()
-        }
-    meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in weights.items()}
+        return {name: (name, full_shape(tensor), partial(load, name)) for name, tensor in weights.items()}
+    meta = {
+        name: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in weights.items()
+    }
     module_names = {id(tensor): name for name, tensor in meta.items()}
     entries: dict[str, CheckpointEntry] = {}
     renamed = set()
     for name, tensor in revert_weight_conversion(model, dict(meta)).items():
         module_name = module_names.get(id(tensor))
         renamed.add(module_name)
-        entries[name] = (module_name, tuple(tensor.shape), partial(weights.__getitem__, module_name or ""))
-    computed_from = {name: tensor for name, tensor in weights.items() if name not in renamed}
+        entries[name] = (module_name, tuple(tensor.shape), partial(load, module_name or ""))
+    computed_from = {name: load(name) for name in weights if name not in renamed}
     if computed_from:
         computed = revert_weight_conversion(model, computed_from)
         for name, (module_name, shape, _) in entries.items():
@@ -219,9 +252,3 @@ def served_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype
     keep_fp32 = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     is_kept = any(re.search(rf"(^|\.){key}($|\.)", name) for key in keep_fp32)
     return SERVED_DTYPE if dtype in (torch.float64, torch.float32, torch.float16) and not is_kept else dtype
-
-
-def iter_packed_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, tensor) of the packed checkpoint of `model`, one weight in memory at a time."""
-    for source in packed_sources(model):
-        yield from source.tensors().items()

@@ -54,6 +54,19 @@ def quantize_nvfp4(
     return _quantize(weight, global_decode_scale, _resolve(impl))
 
 
+def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, *, impl: Impl = "auto") -> NVFP4Tensor:
+    """``quantize_nvfp4`` without its checks, which read results back from the device one weight at a time.
+
+    For callers that check all global scales of a model at once: the scale of a weight with a NaN or infinity is NaN.
+
+    Args:
+        weight: ``[..., N, K]``, any floating dtype, finite, K % 16 == 0.
+        global_decode_scale: float32 of ``global_scale_shape(weight.shape)``, powers of two.
+        impl: as ``quantize_nvfp4``.
+    """
+    return _quantize(weight, global_decode_scale, _resolve(impl))
+
+
 def fake_quantize_nvfp4(
     weight: torch.Tensor, *, global_decode_scale: torch.Tensor | None = None, impl: Impl = "auto"
 ) -> torch.Tensor:

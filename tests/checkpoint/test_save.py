@@ -304,11 +304,8 @@ def test_modules_that_transformers_keeps_in_fp32_are_not_cast():
 
 def test_a_plain_module_can_be_prepared_and_streamed():
     model = prepare_qat(nn.ModuleDict({"up": nn.Linear(32, 16, bias=False)}))
-    assert [name for name, _ in stream.iter_packed_tensors(model)] == [
-        "up.weight_packed",
-        "up.weight_scale",
-        "up.weight_global_scale",
-    ]
+    (source,) = stream.packed_sources(model)
+    assert list(source.tensors()) == ["up.weight_packed", "up.weight_scale", "up.weight_global_scale"]
 
 
 def test_prepare_qat_gives_a_from_config_model_the_saving_rule(tmp_path):

@@ -1,0 +1,333 @@
+"""Inside the engine: where each pushed tensor goes, the push itself, and reading weights back through the GEMM.
+
+All of this runs in the process of the engine's worker and sees vLLM's own modules.
+
+vLLM does not say which tensors it expects. A missing sibling of a fused matrix is uninitialized memory, a tensor that
+is too tall is cut, a name it does not know is skipped, all without an error. So before the first push we watch vLLM's
+own loaders place tensors without data (``place_tensors``): that gives the exact region of an engine parameter that each
+pushed tensor fills, under any fusion, renaming and tensor parallelism. The regions must tile the parameters.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
+from hf_nvfp4_qat.rollout.stream import NamedTensor, TensorLayout
+from hf_nvfp4_qat.rollout.vllm_versions import (
+    abandon_reload,
+    current_config,
+    stable_addresses,
+    unprocessed_loaders,
+)
+
+Region = tuple[tuple[int, int], ...]
+"""(start, stop) per dim of a tensor."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One copy that vLLM makes while it loads: `source` of a pushed tensor becomes `target` of an engine parameter.
+
+    Attributes:
+        tensor: name of the pushed tensor.
+        module, parameter: path of the engine's module and name of its tensor, as checkpoints see it.
+        target, source: rectangles of the parameter and of the pushed tensor.
+    """
+
+    tensor: str
+    module: str
+    parameter: str
+    target: Region
+    source: Region
+
+    @property
+    def numel(self) -> int:
+        """Elements copied."""
+        return torch.Size([stop - start for start, stop in self.target]).numel()
+
+
+def slices(region: Region, *, widen: int = 1) -> tuple[slice, ...]:
+    """`region` as an index; `widen` multiplies the last dim, from packed bytes to the two values in each."""
+    *outer, (start, stop) = region
+    return (*(slice(*part) for part in outer), slice(widen * start, widen * stop))
+
+
+def place_tensors(worker: Any, layout: Sequence[TensorLayout]) -> list[Placement]:
+    """Let vLLM's loaders place tensors of `layout` that hold no data, and check the result.
+
+    Args:
+        worker: vLLM's worker.
+        layout: what will be pushed, in order.
+
+    Returns:
+        Every copy that loading will make.
+
+    Raises:
+        ValueError: a tensor that the engine has no place for, that does not fit, or that is pushed twice; a part of an
+            engine parameter that no tensor fills. The engine is unchanged.
+    """
+    model = worker.model_runner.get_model()
+    tied = _tied_parameters(model)
+    with current_config(worker):
+        loaders = unprocessed_loaders(model)
+        try:
+            expected = {key: stand_in.shape for key, (_, stand_in, _) in loaders.items() if key not in tied}
+            placements = _watch_loading(model, loaders, layout)
+        finally:
+            abandon_reload(model, worker.model_config)
+    _check_tiling(placements, expected, layout, is_whole=worker.parallel_config.tensor_parallel_size == 1)
+    return placements
+
+
+def load_tensors(worker: Any, tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> None:
+    """Push `tensors`, which must be exactly those of `layout`, into the running engine.
+
+    Raises:
+        ValueError: a tensor that differs from what `layout` announces.
+        Exception: whatever `tensors` or vLLM raises. The engine then holds some new and some old weights.
+    """
+    model = worker.model_runner.get_model()
+    with current_config(worker), stable_addresses(model), torch.no_grad():
+        try:
+            worker.reload_weights(weights_iterator=_as_announced(tensors, layout))
+        except BaseException:
+            abandon_reload(model, worker.model_config)
+            raise
+
+
+def read_weights(worker: Any, placements: Sequence[Placement]) -> Iterator[tuple[Placement, torch.Tensor]]:
+    """What the engine computes with, for the placement of every weight, bias and embedding.
+
+    A linear layer is asked through its own GEMM, whatever layout its kernel keeps the weight in: the identity goes in,
+    the transposed weight comes out, exact since each output is one product. Other parameters are read as they are.
+
+    Yields:
+        (placement, tensor of the shape of its `target`; for packed codes the decoded values, twice as wide).
+    """
+    model = worker.model_runner.get_model()
+    by_module: dict[str, list[Placement]] = {}
+    for placement in placements:
+        if placement.parameter not in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE):
+            by_module.setdefault(placement.module, []).append(placement)
+    for path, group in by_module.items():
+        module = model.get_submodule(path)
+        weight = _linear_weight(module) if _is_linear(module) else None
+        for placement in group:
+            if weight is not None and placement.parameter in ("weight", PACKED):
+                whole = weight
+            elif weight is not None and placement.parameter == "bias":
+                whole = _linear_bias(module)
+            else:
+                whole = getattr(module, placement.parameter).detach()
+            yield placement, whole[slices(placement.target, widen=1 + (placement.parameter == PACKED))]
+        del weight
+
+
+def kernel_name(worker: Any) -> str:
+    """The class that multiplies with NVFP4 weights in this engine; empty if none does."""
+    for module in worker.model_runner.get_model().modules():
+        kernel = getattr(getattr(module, "scheme", None), "kernel", None)
+        if kernel is not None:
+            return type(kernel).__name__
+    return ""
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return isinstance(module, LinearBase)
+
+
+def _linear_weight(module: Any, *, rows_at_once: int = 1024) -> torch.Tensor:
+    """The weight ``[N, K]`` that a linear layer multiplies with, bfloat16."""
+    in_features, device = module.input_size_per_partition, _device(module)
+    parts = []
+    for start in range(0, in_features, rows_at_once):
+        rows = min(rows_at_once, in_features - start)
+        identity = torch.zeros(rows, in_features, dtype=torch.bfloat16, device=device)
+        identity.view(-1)[start :: in_features + 1] = 1
+        parts.append(module.quant_method.apply(module, identity, None).t().to(torch.bfloat16))
+    return torch.cat(parts, dim=1)
+
+
+def _linear_bias(module: Any) -> torch.Tensor:
+    zeros = torch.zeros(1, module.input_size_per_partition, dtype=torch.bfloat16, device=_device(module))
+    return module.quant_method.apply(module, zeros, module.bias)[0]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _as_announced(tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> Iterator[NamedTensor]:
+    """Pass `tensors` on as long as they are what was announced."""
+    expected = iter(layout)
+    for name, tensor in tensors:
+        announced = next(expected, None)
+        came = TensorLayout(name, tensor.dtype, tuple(tensor.shape))
+        if came != announced:
+            raise ValueError(f"The push must bring what it announced, in order: {announced}; {came} came.")
+        yield name, tensor
+    if missing := next(expected, None):
+        raise ValueError(f"The push must bring what it announced; it ended before {missing}.")
+
+
+def _tied_parameters(model: nn.Module) -> set[tuple[str, str]]:
+    """Second and further names of parameters that several modules share: filled through the first."""
+    seen: set[int] = set()
+    tied = set()
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.numel():
+                if parameter.data_ptr() in seen:
+                    tied.add((path, name))
+                seen.add(parameter.data_ptr())
+    return tied
+
+
+class _CopyWatcher(TorchDispatchMode):
+    """Notes (target, source) of every copy made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.copies.append((args[0], args[1]))
+        elif func is torch.ops.aten.fill_.Scalar:
+            self.copies.append((args[0], None))
+        return func(*args, **(kwargs or {}))
+
+
+def _watch_loading(
+    model: Any,
+    loaders: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, Any]],
+    layout: Sequence[TensorLayout],
+) -> list[Placement]:
+    placements: list[Placement] = []
+    # Kept alive, so that a storage tells which tensor it is of.
+    tensors = [(item.name, torch.empty(item.shape, dtype=item.dtype, device="meta")) for item in layout]
+    name_of = {_storage(tensor): name for name, tensor in tensors}
+    current = [""]
+
+    def watched(key: tuple[str, str], tensor: torch.Tensor, stand_in: torch.Tensor, loader: Any) -> Any:
+        def load(*args: Any, **kwargs: Any) -> Any:
+            args = tuple(stand_in if arg is tensor else arg for arg in args)
+            kwargs = {name: stand_in if arg is tensor else arg for name, arg in kwargs.items()}
+            with _CopyWatcher() as watcher:
+                result = loader(*args, **kwargs)
+            for target, source in watcher.copies:
+                if _storage(target) == _storage(stand_in):
+                    placements.append(_placement(key, stand_in, target, source, name_of, current[0]))
+            return result
+
+        return load
+
+    for key, (tensor, stand_in, loader) in loaders.items():
+        tensor.weight_loader = watched(key, tensor, stand_in, loader)  # type: ignore[attr-defined]
+
+    def announced() -> Iterator[NamedTensor]:
+        for name, tensor in tensors:
+            current[0] = name
+            yield name, tensor
+
+    try:
+        model.load_weights(announced())
+    except Exception as error:
+        item = next((item for item in layout if item.name == current[0]), current[0])
+        raise ValueError(
+            f"The engine cannot take {item}: {type(error).__name__} {error}. It runs another model or another "
+            "quantization than the trainer. Nothing was sent."
+        ) from error
+    finally:
+        for tensor, _, loader in loaders.values():
+            tensor.weight_loader = loader  # type: ignore[attr-defined]
+    return placements
+
+
+def _placement(
+    key: tuple[str, str],
+    parameter: torch.Tensor,
+    target: torch.Tensor,
+    source: torch.Tensor | None,
+    name_of: dict[int, str],
+    current: str,
+) -> Placement:
+    if source is None:
+        # Filled with a constant: the rows of an embedding beyond the vocabulary.
+        return Placement(current, *key, _region(parameter, target), ())
+    name = name_of.get(_storage(source), current)
+    if source.dtype != target.dtype and not (source.dtype.itemsize > 1 and target.dtype.itemsize > 1):
+        raise TypeError(f"expected {target.dtype}, got {source.dtype}")
+    whole = source._base if source._base is not None else source
+    return Placement(name, *key, _region(parameter, target), _region(whole, source))
+
+
+def _region(whole: torch.Tensor, part: torch.Tensor) -> Region:
+    """Which rectangle of contiguous `whole` its view `part` is."""
+    offset = part.storage_offset()
+    lengths = {stride: size for stride, size in zip(part.stride(), part.shape, strict=True) if size != 1}
+    region = []
+    for size, stride in zip(whole.shape, whole.stride(), strict=True):
+        start = offset // stride % size if size else 0
+        region.append((start, start + (lengths.get(stride, 1) if part.numel() else 0)))
+    return tuple(region)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _check_tiling(
+    placements: list[Placement],
+    expected: dict[tuple[str, str], torch.Size],
+    layout: Sequence[TensorLayout],
+    *,
+    is_whole: bool,
+) -> None:
+    """Every pushed tensor arrives, whole; every element of every engine parameter is filled, by one tensor."""
+    copied = [placement for placement in placements if placement.source]
+    sent: dict[str, int] = dict.fromkeys((item.name for item in layout), 0)
+    filled: dict[tuple[str, str], dict[Region, str]] = {}
+    for placement in placements:
+        regions = filled.setdefault((placement.module, placement.parameter), {})
+        other = regions.setdefault(placement.target, placement.tensor)
+        if other != placement.tensor:
+            raise ValueError(
+                f"Each part of an engine parameter is filled by one tensor; {other} and {placement.tensor} both fill "
+                f"{placement.module}.{placement.parameter}. Nothing was sent."
+            )
+    for placement in {(p.tensor, p.source): p for p in copied}.values():
+        sent[placement.tensor] = sent.get(placement.tensor, 0) + placement.numel
+    if len(sent) != len(layout):
+        raise ValueError("Each tensor is pushed once; some name comes twice. Nothing was sent.")
+    if unplaced := [name for name, numel in sent.items() if not numel]:
+        raise ValueError(
+            f"The engine must take every tensor; it has no place for {_listed(unplaced)}. It runs another model than "
+            "the trainer, or was not started with the trainer's NVFP4 configuration. Nothing was sent."
+        )
+    for item in layout:
+        if is_whole and sent[item.name] != torch.Size(item.shape).numel():
+            raise ValueError(
+                f"The engine must take tensors whole; of {item} it takes {sent[item.name]} elements. "
+                "It runs another model than the trainer. Nothing was sent."
+            )
+    for (module, parameter), shape in expected.items():
+        num_filled = sum(Placement("", "", "", region, ()).numel for region in filled.get((module, parameter), {}))
+        if num_filled != shape.numel():
+            came = sorted(set(filled.get((module, parameter), {}).values()))
+            raise ValueError(
+                f"Every part of the engine's weights must be pushed; {module}.{parameter} {list(shape)} gets "
+                f"{num_filled} of {shape.numel()} elements, from {_listed(came) or 'no tensor'}. Nothing was sent."
+            )
+
+
+def _listed(names: list[str], limit: int = 5) -> str:
+    more = f" (and {len(names) - limit} more)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,144 @@
+"""The packed weights of a model as a stream of tensors, in the order in which vLLM can take them one module at a time.
+
+    order within one fused module of vLLM          why
+    -------------------------------------          -------------------------------------------------------------
+    global scales   float32        [1]             first: receivers cut tensors out of one byte buffer, and a float32
+    pass-through    bfloat16       any             must start at a multiple of 4 bytes
+    packed codes    uint8          [N, K / 2]
+    block scales    float8_e4m3fn  [N, K / 16]
+
+Siblings that vLLM fuses (q/k/v, gate/up) travel together, so that the engine never holds more than one unfinished
+module. Every tensor is fresh: nothing that is pushed aliases a training weight, which an optimizer or a sharding
+library may overwrite while a sender still reads it. A weight is packed on the device where it lies.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, layer_of, to_checkpoint
+from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
+from hf_nvfp4_qat.distributed.gather import full_tensor
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
+from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+
+NamedTensor = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """What a receiver must know of a tensor before it comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+
+
+class RolloutStream:
+    """One push of a QAT model's packed weights. Iterate it once; sharded models need every process to iterate.
+
+    Attributes:
+        layout: the tensors that will come, in order.
+        num_packed: quantized weights among them.
+        num_bytes, num_bf16_bytes: of the whole push, and of the same weights in bfloat16.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Refresh the model's global scales and plan the push.
+
+        Raises:
+            ValueError: `model` has no QAT layers, a weight is not finite, siblings differ in their global scale, or the
+                count does not add up.
+        """
+        sources = packed_sources(model, gather=full_tensor)
+        packed = [source for source in sources if source.global_decode_scale is not None]
+        if not packed:
+            raise ValueError(
+                f"Rollouts take the packed weights of a QAT model; {type(model).__name__} has no QAT layers. Load it "
+                "with `quantization_config=NVFP4QATConfig()` or call `prepare_qat(model)`."
+            )
+        _check_scales(packed)
+        self._groups = _fused_groups(sources)
+        self.layout = tuple(item for group in self._groups for item in _group_layout(group))
+        self.num_packed = len(packed)
+        self.num_bytes = sum(item.nbytes for item in self.layout)
+        self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
+        self.ignored_layers = ignored_layers(model, sources)
+
+    def __iter__(self) -> Iterator[NamedTensor]:
+        return self.tensors()
+
+    def tensors(
+        self, observe: Callable[[str, torch.Tensor, NVFP4Tensor], None] = lambda name, weight, packed: None
+    ) -> Iterator[NamedTensor]:
+        """(name, tensor) pairs as `layout` says.
+
+        Args:
+            observe: called with the checkpoint name, master weight and packed weight of each quantized one.
+        """
+        for group in self._groups:
+            tensors = {}
+            for source in group:
+                weight = source.load().detach()
+                if source.global_decode_scale is None:
+                    tensors[source.name] = weight.to(source.dtype, memory_format=torch.contiguous_format, copy=True)
+                else:
+                    packed = quantize_unchecked(weight, source.global_decode_scale())
+                    observe(source.name, weight, packed)
+                    tensors |= to_checkpoint(layer_of(source.name), packed)
+                del weight
+            for item in _group_layout(group):
+                # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
+                yield item.name, tensors.pop(item.name)
+
+    def weights(self) -> Iterator[tuple[TensorSource, torch.Tensor]]:
+        """(source, whole master weight), in the same order, unpacked: to compare an engine with."""
+        for group in self._groups:
+            for source in group:
+                yield source, source.load().detach()
+
+
+def _check_scales(packed: list[TensorSource]) -> None:
+    """One read from the device for all of them: finite, and equal among siblings."""
+    scales = [source.global_decode_scale() for source in packed if source.global_decode_scale is not None]
+    values = torch.stack([scale.to(scales[0].device) for scale in scales]).tolist()
+    by_name = {source.name: value for source, value in zip(packed, values, strict=True)}
+    if bad := [name for name, value in by_name.items() if not math.isfinite(value)]:
+        raise ValueError(
+            f"NVFP4 has no infinity and no NaN; {len(bad)} weights (or fused siblings of theirs) hold some, the first "
+            f"is {bad[0]}. Nothing was sent. Training has probably diverged: go back to an earlier checkpoint."
+        )
+    shared: dict[str, str] = {}
+    for name, value in by_name.items():
+        sibling = shared.setdefault(fused_group_key(layer_of(name)), name)
+        if by_name[sibling] != value:
+            raise ValueError(
+                f"vLLM decodes fused siblings with one global scale; {sibling} has {by_name[sibling]} and {name} has "
+                f"{value}. Nothing was sent. Prepare the whole model at once, so that siblings share their scale."
+            )
+
+
+def _fused_groups(sources: list[TensorSource]) -> list[list[TensorSource]]:
+    """Sources that land in one module of vLLM, biases included, side by side; groups in order of first appearance."""
+    groups: dict[str, list[TensorSource]] = {}
+    for source in sources:
+        groups.setdefault(fused_group_key(source.name.rpartition(".")[0]), []).append(source)
+    return list(groups.values())
+
+
+def _group_layout(group: list[TensorSource]) -> list[TensorLayout]:
+    layout = [TensorLayout(name, dtype, shape) for source in group for name, (dtype, shape) in source.layout().items()]
+    # Stable: siblings keep their order. Widest elements first keeps every tensor aligned to its own element size.
+    return sorted(layout, key=lambda item: (not item.name.endswith(GLOBAL_ENCODE_SCALE), -item.dtype.itemsize))

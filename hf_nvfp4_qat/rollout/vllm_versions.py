@@ -1,0 +1,131 @@
+"""Everything that depends on vLLM's version or reaches into its reload machinery, in one file.
+
+version    what differs                                                              what is done here
+-------    ----------------------------------------------------------------------    ------------------------------
+< 0.26     separate W4A16 scheme, other reload internals                             refused
+< 0.27     `reload_weights` runs without a current vLLM config                       `current_config`
+< 0.27.1   Marlin's lock workspace, a plain attribute that CUDA graphs have          `stable_addresses`
+           captured, is allocated anew by every reload
+< 0.28     so are the global scales of fused experts                                 `stable_addresses`
+all        a reload that fails half-way leaves modules on the meta device, and       `abandon_reload`
+           counts what was loaded before towards the next attempt
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
+OLDEST = Version("0.26.0")
+NEWEST_TESTED = Version("0.31.0")
+
+
+def vllm_version() -> Version:
+    """Version of the installed vLLM, of the GPU or the CPU distribution.
+
+    Raises:
+        ValueError: older than what is supported.
+    """
+    import vllm
+
+    version = Version(Version(vllm.__version__).base_version)
+    if version < OLDEST:
+        raise ValueError(
+            f"NVFP4 rollouts need vLLM {OLDEST} or newer (tested up to {NEWEST_TESTED}); {version} is installed."
+        )
+    return version
+
+
+@contextmanager
+def current_config(worker: Any) -> Iterator[None]:
+    """vLLM's notion of the config in force, which layers ask for when they process weights."""
+    from vllm.config import set_current_vllm_config
+
+    with set_current_vllm_config(worker.vllm_config):
+        yield
+
+
+@contextmanager
+def stable_addresses(model: nn.Module) -> Iterator[None]:
+    """Keep every tensor that is a plain attribute of a module where it is, with the values it has at the end.
+
+    CUDA graphs have captured the addresses. vLLM preserves those of parameters and buffers itself.
+    """
+    before = plain_tensors(model)
+    yield
+    for (path, name), old in before.items():
+        module = model.get_submodule(path)
+        new = vars(module).get(name)
+        if isinstance(new, torch.Tensor) and new is not old and new.shape == old.shape and new.dtype == old.dtype:
+            old.copy_(new)
+            setattr(module, name, old)
+
+
+def plain_tensors(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
+    """Tensors that modules hold as plain attributes, by (module path, attribute)."""
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def unprocessed_loaders(model: nn.Module) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, Any]]:
+    """Put `model` back into the layout that checkpoints have, on the meta device, with its own weight loaders.
+
+    Undo with ``abandon_reload``.
+
+    Returns:
+        (module path, tensor name) to the tensor that vLLM hands to the loader, the same without data, and the loader.
+        The two differ for biases, which vLLM never puts on the meta device.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise, meta
+
+    layerwise.initialize_layerwise_reload(model)
+    return {
+        (path, name): (
+            tensor,
+            tensor if tensor.is_meta else meta.to_meta_tensor(tensor),
+            layerwise._get_original_loader(tensor),
+        )
+        for path, module in model.named_modules()
+        for name, tensor in layerwise.get_layer_tensors(module).items()
+        if is_filled_by_loading(module, name)
+    }
+
+
+def abandon_reload(model: nn.Module, model_config: Any) -> None:
+    """Leave a reload that will not be finished: every module gets back the tensors it had, and nothing is pending.
+
+    Modules that were complete have their new weights, the others their old ones: fit for another full push only.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for module in model.modules():
+        info = layerwise.get_layerwise_info(module)
+        if info.can_load():
+            info.loaded_weights = []
+            info.load_numel = 0
+            if info.kernel_tensors is not None and info.load_numel_total:
+                # Without this vLLM warns about each module that it "failed to load".
+                info.load_numel_total = 0
+    layerwise.finalize_layerwise_reload(model, model_config)
+
+
+def is_filled_by_loading(module: nn.Module, name: str) -> bool:
+    """Whether a checkpoint is expected to bring the tensor `name` of `module`."""
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.model_executor.model_loader.reload import meta
+
+    # 0.26 has one list of names that are never loaded, newer versions a shorter one without the biases.
+    never_loaded = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS - {"bias"})
+    # The scales of attention have defaults, and checkpoints in this format do not bring them.
+    return (
+        name not in module._non_persistent_buffers_set
+        and name not in never_loaded
+        and not isinstance(module, (Attention, MLAAttention))
+    )

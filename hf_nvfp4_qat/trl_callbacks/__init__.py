@@ -1,0 +1,1 @@
+"""How a TRL user switches NVFP4 rollouts on."""

@@ -1,0 +1,212 @@
+"""NVFP4RolloutCallback: one entry in ``callbacks=[...]``, and a TRL trainer rolls out on packed weights."""
+
+import inspect
+import logging
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
+from hf_nvfp4_qat.trl_callbacks.generation import NVFP4Generation, mark
+from hf_nvfp4_qat.trl_callbacks.metrics import mismatch_kl
+
+logger = logging.getLogger(__name__)
+
+
+class NVFP4RolloutCallback(TrainerCallback):
+    """Roll out on the packed NVFP4 weights of a QAT model, in TRL's trainers that generate with vLLM.
+
+    ``GRPOTrainer(model, ..., args=GRPOConfig(use_vllm=True), callbacks=[NVFP4RolloutCallback()])``: before each
+    generation the engine gets exactly the weights that training computes with, in 4.5 bits each. The callback must be
+    in `callbacks` when the trainer is made, because that is when TRL builds its engine.
+
+    Metrics, beside the trainer's own:
+        nvfp4/sync_seconds, nvfp4/sync_mib: of a push.
+        nvfp4/compression: times fewer bytes than bfloat16.
+        nvfp4/weight_error: ``||decoded - master|| / ||master||``, on a sample of rows.
+        nvfp4/code_flips: share of 4-bit codes that changed since the last push, on the same sample.
+        nvfp4/mismatch_kl: nats per token between sampler and trainer, where TRL computes both log-probabilities.
+        nvfp4/masked_fraction: of the sequences (or tokens) that TRL's importance sampling masks out.
+    """
+
+    def __init__(
+        self,
+        *,
+        check_every: int = 100,
+        quantize_ref_model: bool = False,
+        engine_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Set up; nothing happens before the trainer is made.
+
+        Args:
+            check_every: pushes between two comparisons of the engine's weights with the trainer's, bit for bit. The
+                first push is always compared; 0 compares no other. Colocate mode only.
+            quantize_ref_model: compute the KL penalty against the reference model with NVFP4 weights.
+            engine_kwargs: more arguments of ``vllm.LLM`` in colocate mode, which TRL has no option for.
+
+        Raises:
+            ValueError: a negative `check_every`.
+        """
+        if check_every < 0:
+            raise ValueError(f"`check_every` counts pushes; got {check_every}. 0 checks the first push only.")
+        self.check_every = check_every
+        self.quantize_ref_model = quantize_ref_model
+        self.engine_kwargs = dict(engine_kwargs or {})
+        self.generation: NVFP4Generation | None = None
+        self.num_pushes = 0
+        self._trainer: ref[Trainer] | None = None
+        self._is_idle = False
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark the model, before TRL builds the engine.
+
+        Raises:
+            ValueError: `model` does not train in NVFP4, or a TRL or vLLM version without what this needs.
+        """
+        model = kwargs["model"]
+        trainer = _calling_trainer(model)
+        self._trainer = ref(trainer)
+        if not getattr(args, "use_vllm", False):
+            self._is_idle = True
+            logger.warning(
+                "NVFP4RolloutCallback does nothing: %s does not generate with vLLM (`use_vllm=True` is not set).",
+                type(trainer).__name__,
+            )
+            return
+        if not qat_modules(model):
+            raise ValueError(
+                f"NVFP4RolloutCallback needs a model that trains in NVFP4; {type(model).__name__} has no QAT layers. "
+                "Load it with `quantization_config=NVFP4QATConfig()` or call `prepare_qat(model)`."
+            )
+        mark(model, self)
+
+    def adopt(self, generation: NVFP4Generation) -> None:
+        """Called while TRL builds its engine: take it over, and count, check and measure its pushes."""
+        self.generation = generation
+        push = generation.trl.sync_weights
+
+        def push_and_measure() -> None:
+            every = self.check_every
+            generation.check_next = self.num_pushes == 0 or bool(every and self.num_pushes % every == 0)
+            push()
+            self.num_pushes += 1
+            self._log_push()
+
+        generation.trl.sync_weights = push_and_measure
+        trainer = self._trainer() if self._trainer else None
+        if trainer is not None and hasattr(trainer, "_generate_and_score_completions"):
+            self._measure_mismatch(trainer)
+        if self.quantize_ref_model:
+            self._quantize_ref_model(trainer, generation.trl.model)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make sure that rollouts will use the packed weights, and say so in one line.
+
+        Raises:
+            ValueError: the callback came too late, or the trainer has an engine of its own kind.
+        """
+        if self._is_idle:
+            return
+        trainer = self._trainer() if self._trainer else None
+        if trainer is None:
+            raise ValueError(
+                "NVFP4RolloutCallback came after TRL had built its engine, from unquantized weights. Pass it to the "
+                "trainer: `callbacks=[NVFP4RolloutCallback()]`, not `add_callback`."
+            )
+        if self.generation is None:
+            raise ValueError(
+                "NVFP4RolloutCallback works with TRL trainers built on VLLMGeneration (GRPO, RLOO, distillation and "
+                f"others); {type(trainer).__name__} generates in another way."
+            )
+        if state.is_world_process_zero:
+            print(self._startup_line(), flush=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The engine stays as it is, for evaluation after training."""
+
+    def _startup_line(self) -> str:
+        import transformers
+        import trl
+
+        from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
+
+        assert self.generation is not None
+        return (
+            f"NVFP4 rollouts: {self.generation.trl.mode} mode, {self.generation.num_packed} weights packed, kernel "
+            f"{self.generation.kernel}, vLLM {vllm_version()}, TRL {trl.__version__}, "
+            f"transformers {transformers.__version__}, torch {torch.__version__}"
+        )
+
+    def _log_push(self) -> None:
+        assert self.generation is not None
+        report = self.generation.last_report
+        if report is not None:
+            self._log(
+                sync_seconds=report.seconds,
+                sync_mib=report.num_bytes / 2**20,
+                compression=report.compression,
+                **self.generation.sample.metrics(),
+            )
+
+    def _log(self, **metrics: float) -> None:
+        """Add to the trainer's own metrics: they reach the log history and every tracker, averaged like the others."""
+        trainer: Any = self._trainer() if self._trainer else None
+        recorded = getattr(trainer, "_metrics", None)
+        if recorded is None:
+            return
+        mode = "train" if trainer.model.training else "eval"
+        for name, value in metrics.items():
+            recorded[mode][f"nvfp4/{name}"].append(value)
+
+    def _measure_mismatch(self, trainer: Any) -> None:
+        """Compare sampling log-probabilities with the trainer's wherever TRL has computed both."""
+        original = trainer._generate_and_score_completions
+
+        def generate_and_score(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            self._log_mismatch(trainer, output)
+            return output
+
+        trainer._generate_and_score_completions = generate_and_score
+
+    def _log_mismatch(self, trainer: Any, output: dict[str, torch.Tensor]) -> None:
+        sampler, own = output.get("sampling_per_token_logps"), output.get("old_per_token_logps")
+        if sampler is None or own is None:
+            return
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        total, count = mismatch_kl(sampler, own, mask)
+        ratio = output["importance_sampling_ratio"]
+        # One ratio per sequence [B, 1] or per token [B, T]; TRL masks by setting it to zero.
+        considered = mask.bool() if ratio.shape == mask.shape and ratio.shape[1] > 1 else torch.ones_like(ratio).bool()
+        sums = torch.stack([total, count, ((ratio == 0) & considered).sum(), considered.sum()]).double().float()
+        total, count, masked, num_considered = trainer.accelerator.gather(sums).view(-1, 4).sum(0).tolist()
+        self._log(
+            mismatch_kl=total / count if count else 0.0,
+            masked_fraction=masked / num_considered if num_considered else 0.0,
+        )
+
+    def _quantize_ref_model(self, trainer: Any, model: Any) -> None:
+        ref_model = getattr(trainer, "ref_model", None)
+        if ref_model is None:
+            logger.warning("`quantize_ref_model` does nothing: there is no reference model (`beta` is 0).")
+        elif not qat_modules(ref_model):
+            prepare_qat(ref_model, getattr(getattr(model, "hf_quantizer", None), "quantization_config", None))
+
+
+def _calling_trainer(model: nn.Module) -> Trainer:
+    """The trainer whose constructor is calling: callbacks get no reference to it, so the frames above are asked."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer) and getattr(trainer, "model", None) is model:
+            return trainer
+        frame = frame.f_back
+    raise RuntimeError("NVFP4RolloutCallback.on_init_end is called by a Trainer, from its constructor; none was found.")

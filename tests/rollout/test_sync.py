@@ -1,0 +1,311 @@
+"""Pushes into a real vLLM engine: on a CPU through the plugin's GEMM, on a GPU through Marlin and CUDA graphs."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import load_qat, take_step, tiny_llama, tiny_qwen3
+from transformers import AutoModelForCausalLM
+
+from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4
+from hf_nvfp4_qat.checkpoint.names import quantization_config
+from hf_nvfp4_qat.rollout import sync as sync_module
+from hf_nvfp4_qat.rollout.engine import kernel_name, place_tensors
+from hf_nvfp4_qat.rollout.stream import RolloutStream
+from hf_nvfp4_qat.rollout.sync import check, refuse_to_generate, sync, worker_of
+from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+ON_GPU = torch.cuda.is_available()
+# Marlin wants in_features of 128 or more; heads of 32 keep q, k and v of different heights.
+SIZES = dict(hidden_size=128, intermediate_size=256, head_dim=32)
+MLP = "model.layers.0.mlp"
+PROMPTS = [[1, 2, 3, 4], [100, 7, 55], [9]]
+
+
+# An engine that is collected takes the process groups of the others with it.
+_engines: list = []
+
+
+def make_engine(path, **kwargs):
+    from vllm import LLM
+
+    engine = LLM(
+        model=str(path),
+        skip_tokenizer_init=True,
+        enforce_eager=not ON_GPU,
+        max_model_len=64,
+        gpu_memory_utilization=0.1 if ON_GPU else 0.2,
+        distributed_executor_backend="uni",
+        **kwargs,
+    )
+    _engines.append(engine)
+    return engine
+
+
+def empty_engine(path, model, **kwargs):
+    """An engine as TRL's callback builds it: NVFP4 configuration, random weights."""
+    overrides = {"quantization_config": quantization_config(RolloutStream(model).ignored_layers)}
+    return make_engine(path, load_format="dummy", dtype="bfloat16", hf_overrides=overrides, **kwargs)
+
+
+def generate(engine, num_tokens: int = 12):
+    """Greedy tokens and their log-probabilities."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=num_tokens, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = [request.outputs[0] for request in engine.generate(prompts, parameters, use_tqdm=False)]
+    return [
+        (list(output.token_ids), [next(iter(logprob.values())).logprob for logprob in output.logprobs])
+        for output in outputs
+    ]
+
+
+def save(model, path):
+    # Larger weights than the default initialization, for outputs that depend on them.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(4 if parameter.ndim == 2 else 1)
+            if name.endswith("bias"):
+                parameter.normal_()
+    model.to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tiny_qwen3(**SIZES), tmp_path_factory.mktemp("rollout_qwen3"))
+
+
+@pytest.fixture
+def model(folder):
+    return load_qat(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return empty_engine(folder, load_qat(folder))
+
+
+def train_a_little(model, lr: float = 3e-3):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for _ in range(2):
+        take_step(model.cpu(), optimizer)
+    return model.cuda() if ON_GPU else model
+
+
+def test_a_synced_engine_generates_as_one_that_loads_the_exported_checkpoint(engine, model, tmp_path):
+    train_a_little(model)
+    report = sync(engine, model)
+    save_nvfp4(model, tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)  # the export is a checkpoint like any other
+    fresh = generate(make_engine(tmp_path))
+    assert generate(engine) == fresh
+    assert len({token for tokens, _ in fresh for token in tokens}) > 3
+    assert report.num_bytes == sum(item.nbytes for item in RolloutStream(model).layout)
+    assert report.num_packed == 14
+    assert 1.5 < report.compression < 3.6
+
+
+def test_the_engines_own_gemms_return_the_trained_weights_bit_for_bit(engine, model):
+    sync(engine, model)
+    before = generate(engine)
+    train_a_little(model)
+    stale = check(engine, model)
+    assert len(stale.different) == sum(1 for _ in model.parameters())
+    assert not stale.ok
+    sync(engine, model)
+    found = check(engine, model)
+    assert found.ok
+    assert found.num_weights == sum(parameter.numel() for parameter in model.parameters())
+    assert generate(engine) != before
+
+
+def test_check_finds_a_single_changed_code(engine, model):
+    sync(engine, model)
+    layer = model.model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        row = layer.weight[5, :16]
+        row[row.abs().argmin()] = row.abs().max() / 2
+    assert check(engine, model).different == {"model.layers.1.mlp.up_proj.weight": 1}
+
+
+def test_no_tensor_of_the_engine_moves_over_five_pushes(engine, model):
+    engine_model = worker_of(engine).model_runner.get_model()
+    sync(engine, model)
+
+    def addresses():
+        tensors = (
+            dict(engine_model.named_parameters()) | dict(engine_model.named_buffers()) | plain_tensors(engine_model)
+        )
+        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
+    before = addresses()
+    for _ in range(5):
+        train_a_little(model)
+        sync(engine, model)
+    assert addresses() == before
+    assert check(engine, model).ok
+
+
+def test_biases_arrive(tmp_path):
+    model = load_qat(save(tiny_llama(**SIZES), tmp_path))
+    engine = empty_engine(tmp_path, model)
+    for _ in range(2):
+        train_a_little(model)
+        sync(engine, model)
+        found = check(engine, model)
+        assert found.ok, found.different
+        assert found.num_weights == sum(parameter.numel() for parameter in model.parameters())
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.bias.add_(1)
+    assert check(engine, model).different == {"model.layers.0.self_attn.v_proj.bias": 64}
+
+
+def test_layers_left_in_bfloat16_arrive(folder):
+    model = load_qat(folder, NVFP4QATConfig(preset="ffn_only"))
+    engine = empty_engine(folder, model)
+    train_a_little(model)
+    sync(engine, model)
+    assert check(engine, model).ok
+
+
+def test_the_kernel_is_named(engine):
+    assert kernel_name(worker_of(engine)) == ("MarlinNvFp4LinearKernel" if ON_GPU else "ReferenceNvFp4LinearKernel")
+
+
+# Faults: all loud, none generates
+
+
+class Faulty(RolloutStream):
+    """A stream that is not what the engine needs, or not what it announces."""
+
+    def drop(self, suffix):
+        self._groups = [[source for source in group if not source.name.endswith(suffix)] for group in self._groups]
+        self.layout = tuple(item for item in self.layout if suffix.removesuffix(".weight") not in item.name)
+        return self
+
+    def announce(self, suffix, **changes):
+        self.layout = tuple(
+            dataclasses.replace(item, **changes) if item.name.endswith(suffix) else item for item in self.layout
+        )
+        return self
+
+
+def push(monkeypatch, engine, model, make_faulty):
+    monkeypatch.setattr(sync_module, "RolloutStream", lambda model: make_faulty(Faulty(model)))
+    try:
+        sync(engine, model)
+    finally:
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("make_faulty", "message"),
+    [
+        (lambda stream: stream.drop("layers.0.self_attn.k_proj.weight"), r"qkv_proj\.weight.* gets .* of .* elements"),
+        (lambda stream: stream.drop("layers.1.mlp.gate_proj.weight"), r"gate_up_proj\.weight.* gets .* of .* elements"),
+        (lambda stream: stream.drop("layers.1.input_layernorm.weight"), r"input_layernorm\.weight .*no tensor"),
+        (lambda stream: stream.drop("embed_tokens.weight"), r"embed_tokens\.weight .*no tensor"),
+        (lambda stream: stream.announce("q_proj.weight_packed", shape=(128, 62)), "cannot take .*q_proj.weight_packed"),
+        (lambda stream: stream.announce("q_proj.weight_packed", shape=(256, 64)), "must take tensors whole"),
+        (lambda stream: stream.announce("down_proj.weight_scale", dtype=torch.uint8), "expected torch.float8_e4m3fn"),
+        (lambda stream: stream.announce("layers.0.mlp.up_proj.weight_scale", name="lost.weight_scale"), "lost"),
+        (lambda stream: stream.announce("1.mlp.up_proj.weight_packed", name=f"{MLP}.up_proj.weight_packed"), "twice|both"),
+    ],
+    ids=["sibling", "half of gate_up", "norm", "embedding", "shape", "too tall", "dtype", "name", "twice"],
+)  # fmt: skip
+def test_a_push_that_does_not_fit_is_refused_before_the_first_byte(engine, model, monkeypatch, make_faulty, message):
+    sync(engine, model)
+    before = generate(engine)
+    with pytest.raises(ValueError, match=f"(?s){message}.*Nothing was sent"):
+        push(monkeypatch, engine, model, make_faulty)
+    assert generate(engine) == before
+    assert check(engine, model).ok
+
+
+def test_an_engine_of_another_model_is_refused(engine, tmp_path):
+    deeper = prepare_qat(tiny_qwen3(**SIZES, num_hidden_layers=3))
+    with pytest.raises(ValueError, match=r"(?s)layers\.2.*Nothing was sent"):
+        sync(engine, deeper)
+    wider = prepare_qat(tiny_qwen3(**{**SIZES, "intermediate_size": 512}))
+    with pytest.raises(ValueError, match=r"(?s)mlp\.(gate|up|down)_proj.*another model.*Nothing was sent"):
+        sync(engine, wider)
+
+
+def test_a_group_with_one_member_left_in_bfloat16_is_refused(engine, model):
+    layer = model.model.layers[0].self_attn.k_proj
+    layer.__class__ = torch.nn.Linear
+    with pytest.raises(ValueError, match=r"(?s)k_proj\.weight|qkv_proj.*Nothing was sent"):
+        sync(engine, model)
+
+
+def test_a_failure_half_way_makes_the_engine_refuse_until_a_push_succeeds(engine, model, monkeypatch):
+    sync(engine, model)
+    before = generate(engine)
+
+    def failing(stream):
+        stream.tensors = lambda observe: failing_iterator(RolloutStream(model))
+        return stream
+
+    def failing_iterator(stream):
+        for num_sent, item in enumerate(stream):
+            if num_sent == 20:
+                raise OSError("the disk is on fire")
+            yield item
+
+    train_a_little(model)
+    with pytest.raises(RuntimeError, match="half-way.*the disk is on fire"):
+        push(monkeypatch, engine, model, failing)
+    with pytest.raises(RuntimeError, match="must not generate.*the disk is on fire"):
+        generate(engine)
+    sync(engine, model)
+    assert check(engine, model).ok
+    assert generate(engine) != before
+
+
+@pytest.mark.parametrize("fault", ["missing", "changed", "reordered"])
+def test_a_stream_that_breaks_its_announcement_is_a_failure_half_way(engine, model, monkeypatch, fault):
+    sync(engine, model)
+
+    def broken(stream):
+        tensors = list(RolloutStream(model))
+        if fault == "missing":
+            tensors.pop()
+        elif fault == "changed":
+            tensors[10] = (tensors[10][0], torch.zeros(3))
+        else:
+            tensors[10], tensors[11] = tensors[11], tensors[10]
+        stream.tensors = lambda observe: iter(tensors)
+        return stream
+
+    with pytest.raises(RuntimeError, match="half-way.*must bring what it announced"):
+        push(monkeypatch, engine, model, broken)
+    with pytest.raises(RuntimeError, match="must not generate"):
+        generate(engine)
+    sync(engine, model)
+    assert check(engine, model).ok
+
+
+def test_an_engine_that_was_never_filled_can_be_told_to_refuse(engine, model):
+    refuse_to_generate(engine, "no weights were pushed yet")
+    with pytest.raises(RuntimeError, match="no weights were pushed yet"):
+        generate(engine)
+    sync(engine, model)
+    generate(engine)
+
+
+def test_placing_tensors_changes_nothing(engine, model):
+    sync(engine, model)
+    before = generate(engine)
+    worker = worker_of(engine)
+    first = place_tensors(worker, RolloutStream(model).layout)
+    assert place_tensors(worker, RolloutStream(model).layout) == first
+    assert generate(engine) == before
+
+
+def test_an_engine_outside_this_process_is_refused(model):
+    with pytest.raises(ValueError, match="runs in this process.*VLLM_ENABLE_V1_MULTIPROCESSING=0"):
+        sync(object(), model)
