@@ -84,7 +84,7 @@ def test_importing_the_package_registers_the_quantizer_and_reloading_does_not_fa
 
 def test_only_the_door_makes_codes():
     """Nothing outside `numerics/` calls an implementation, and only `quantize.py` inside it does."""
-    implementations = {"hf_nvfp4_qat.numerics.eager", "hf_nvfp4_qat.numerics.reference"}
+    implementations = {f"hf_nvfp4_qat.numerics.{name}" for name in ("eager", "reference", "triton_kernels")}
     callers = {module_name(path) for path in FILES if implementations & set(own_imports(path))}
     assert callers == {"hf_nvfp4_qat.numerics.quantize"}
 

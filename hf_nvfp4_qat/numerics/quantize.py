@@ -8,6 +8,7 @@ rounding of the master weight, whatever dtype the master is kept in.
 import logging
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -27,9 +28,12 @@ from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 logger = logging.getLogger(__name__)
 
-Impl = Literal["auto", "reference", "eager"]
+Impl = Literal["auto", "reference", "eager", "triton"]
 
-_IMPLEMENTATIONS = {"reference": reference, "eager": eager}
+_IMPLEMENTATIONS = ("reference", "eager", "triton")
+
+# The capability from which Triton's kernels were checked against the reference.
+_TRITON_MIN_CAPABILITY = (8, 9)
 
 
 def quantize_nvfp4(
@@ -41,7 +45,8 @@ def quantize_nvfp4(
         weight: ``[N, K]`` or ``[E, N, K]``, any floating dtype; its bfloat16 rounding is quantized. K % 16 == 0.
         global_decode_scale: float32 ``[]`` (``[E]`` for ``[E, N, K]``), powers of two; pass the shared one for a
             weight that belongs to a fused group. None computes it from this weight alone.
-        impl: "reference" (plain formula), "eager" (same numbers, faster) or "auto".
+        impl: "reference" (plain formula), "eager" (same numbers, faster), "triton" (same numbers in one pass, on
+            NVIDIA GPUs) or "auto".
 
     Returns:
         The packed codes, block scales and global decode scale.
@@ -51,7 +56,7 @@ def quantize_nvfp4(
             not a power of two in range, an unknown `impl`.
     """
     weight, global_decode_scale = _checked(weight, global_decode_scale)
-    return _quantize(weight, global_decode_scale, _resolve(impl))
+    return _quantize(weight, global_decode_scale, _resolve(impl, weight.device))
 
 
 def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, *, impl: Impl = "auto") -> NVFP4Tensor:
@@ -64,7 +69,7 @@ def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, 
         global_decode_scale: float32 of ``global_scale_shape(weight.shape)``, powers of two.
         impl: as ``quantize_nvfp4``.
     """
-    return _quantize(weight, global_decode_scale, _resolve(impl))
+    return _quantize(weight, global_decode_scale, _resolve(impl, weight.device))
 
 
 def fake_quantize_nvfp4(
@@ -100,7 +105,7 @@ def fake_quantize_unchecked(
     """
     if torch.compiler.is_compiling():
         return torch.ops.hf_nvfp4_qat.fake_quantize(weight, global_decode_scale, impl)
-    return _fake_quantize(weight, global_decode_scale, _resolve(impl))
+    return _fake_quantize(weight, global_decode_scale, _resolve(impl, weight.device))
 
 
 def global_amax(weight: torch.Tensor) -> torch.Tensor:
@@ -181,17 +186,33 @@ def _checked(weight: torch.Tensor, global_decode_scale: torch.Tensor | None) -> 
 
 
 @cache
-def _log_choice(impl: str) -> None:
-    logger.info('NVFP4 quantization: impl="auto" picked "%s".', impl)
+def _pick(device: torch.device) -> str:
+    """What "auto" means on a device; picked and logged once."""
+    picked = "eager"
+    if device.type == "cuda" and torch.version.cuda:
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= _TRITON_MIN_CAPABILITY and find_spec("triton") is not None:
+            picked = "triton"
+    logger.info('NVFP4 quantization on %s: impl="auto" picked "%s".', device, picked)
+    return picked
 
 
-def _resolve(impl: str) -> str:
+def _resolve(impl: str, device: torch.device) -> str:
     if impl == "auto":
-        _log_choice("eager")
-        return "eager"
+        return _pick(device)
     if impl not in _IMPLEMENTATIONS:
         raise ValueError(f"`impl` is one of auto, {', '.join(_IMPLEMENTATIONS)}; got {impl!r}.")
+    if impl == "triton" and device.type != "cuda":
+        raise ValueError(f'`impl="triton"` needs the weight on an NVIDIA GPU; it is on {device}. Use impl="auto".')
     return impl
+
+
+def _implementation(impl: str) -> Any:
+    if impl == "triton":
+        from hf_nvfp4_qat.numerics import triton_kernels
+
+        return triton_kernels
+    return {"reference": reference, "eager": eager}[impl]
 
 
 def _matrices(weight: torch.Tensor, global_decode_scale: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -207,8 +228,8 @@ def _quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str
         block_scale = torch.empty(0, dtype=torch.float8_e4m3fn, device=weight.device)
     else:
         matrices = _matrices(weight, global_decode_scale)
-        parts = [_IMPLEMENTATIONS[impl].quantize(blocks, scale) for blocks, scale in matrices]
-        packed, block_scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        parts = [_implementation(impl).quantize(blocks, scale) for blocks, scale in matrices]
+        packed, block_scale = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
     return NVFP4Tensor(
         packed.view(packed_shape(weight.shape)),
         block_scale.view(block_scale_shape(weight.shape)),
@@ -220,13 +241,13 @@ def _fake_quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl
     if weight.numel() == 0:
         return weight.detach().to(torch.bfloat16, copy=True)
     matrices = _matrices(weight, global_decode_scale)
-    values = [_IMPLEMENTATIONS[impl].fake_quantize(blocks, scale) for blocks, scale in matrices]
+    values = [_implementation(impl).fake_quantize(blocks, scale) for blocks, scale in matrices]
     return (values[0] if len(values) == 1 else torch.cat(values)).view(weight.shape)
 
 
 @torch.library.custom_op("hf_nvfp4_qat::fake_quantize", mutates_args=())
 def _fake_quantize_op(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> torch.Tensor:
-    return _fake_quantize(weight, global_decode_scale, _resolve(impl))
+    return _fake_quantize(weight, global_decode_scale, _resolve(impl, weight.device))
 
 
 @_fake_quantize_op.register_fake

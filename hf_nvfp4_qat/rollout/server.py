@@ -77,9 +77,7 @@ def check_server(base_url: str, model_config: Any, *, timeout: float) -> None:
             raise ValueError(f"The vLLM server at {base_url} serves another model, {served.get('model')}: {listed}.")
         method = (config.get("quantization_config") or {}).get("format")
         if method not in (None, "nvfp4-pack-quantized"):
-            raise ValueError(
-                f"The vLLM server at {base_url} must run nvfp4-pack-quantized weights; it runs {method!r}."
-            )
+            raise ValueError(f"The vLLM server at {base_url} runs {method!r} weights, not nvfp4-pack-quantized.")
 
 
 def check_alignment(layout: Sequence[TensorLayout]) -> None:
@@ -93,8 +91,8 @@ def check_alignment(layout: Sequence[TensorLayout]) -> None:
         if offset % item.dtype.itemsize:
             raise ValueError(
                 f"vLLM's transfer puts tensors end to end, so each must start at a multiple of its element size; "
-                f"{item} would start at byte {offset}. A layer before it has out_features * in_features / 16 not divisible "
-                "by 4: add it to `exclude`, or use colocate mode."
+                f"{item} would start at byte {offset}. A layer before it has out_features * in_features / 16 not "
+                "divisible by 4: add it to `exclude`, or use colocate mode."
             )
         offset += item.nbytes
 

@@ -8,8 +8,8 @@
     block scales    float8_e4m3fn  [N, K / 16]
 
 Siblings that vLLM fuses (q/k/v, gate/up) travel together, so that the engine never holds more than one unfinished
-module. Every tensor is fresh: nothing that is pushed aliases a training weight, which an optimizer or a sharding
-library may overwrite while a sender still reads it. A weight is packed on the device where it lies.
+module. Tensors are fresh unless a receiver in the same process says it needs no copies: an optimizer or a sharding
+library may overwrite a training weight while a sender still reads it. A weight is packed on the device where it lies.
 """
 
 import math
@@ -81,19 +81,24 @@ class RolloutStream:
         return self.tensors()
 
     def tensors(
-        self, observe: Callable[[str, torch.Tensor, NVFP4Tensor], None] = lambda name, weight, packed: None
+        self,
+        observe: Callable[[str, torch.Tensor, NVFP4Tensor], None] = lambda name, weight, packed: None,
+        *,
+        fresh: bool = True,
     ) -> Iterator[NamedTensor]:
         """(name, tensor) pairs as `layout` says.
 
         Args:
             observe: called with the checkpoint name, master weight and packed weight of each quantized one.
+            fresh: copy pass-through weights that need no conversion. False is for a receiver that has copied
+                everything before the next training step, and saves it a copy of the embedding.
         """
         for group in self._groups:
             tensors = {}
             for source in group:
                 weight = source.load().detach()
                 if source.global_decode_scale is None:
-                    tensors[source.name] = weight.to(source.dtype, memory_format=torch.contiguous_format, copy=True)
+                    tensors[source.name] = weight.to(source.dtype, memory_format=torch.contiguous_format, copy=fresh)
                 else:
                     packed = quantize_unchecked(weight, source.global_decode_scale())
                     observe(source.name, weight, packed)

@@ -93,7 +93,7 @@ def sync(
     stream = RolloutStream(model)
     _placed(worker, stream)
     try:
-        load_tensors(worker, stream.tensors(observe), stream.layout)
+        load_tensors(worker, stream.tensors(observe, fresh=False), stream.layout)
     except BaseException as error:
         refuse_to_generate(engine, f"its last weight push failed half-way ({type(error).__name__}: {error})")
         if not isinstance(error, Exception):

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 from hf_nvfp4_qat.trl_callbacks.generation import NVFP4Generation, mark
-from hf_nvfp4_qat.trl_callbacks.metrics import mismatch_kl
+from hf_nvfp4_qat.trl_callbacks.metrics import record, record_mismatch
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +98,8 @@ class NVFP4RolloutCallback(TrainerCallback):
 
         generation.trl.sync_weights = push_and_measure
         trainer = self._trainer() if self._trainer else None
-        if trainer is not None and hasattr(trainer, "_generate_and_score_completions"):
-            self._measure_mismatch(trainer)
+        if trainer is not None:
+            record_mismatch(trainer)
         if self.quantize_ref_model:
             self._quantize_ref_model(trainer, generation.trl.model)
 
@@ -148,50 +148,15 @@ class NVFP4RolloutCallback(TrainerCallback):
     def _log_push(self) -> None:
         assert self.generation is not None
         report = self.generation.last_report
-        if report is not None:
-            self._log(
+        trainer = self._trainer() if self._trainer else None
+        if report is not None and trainer is not None:
+            record(
+                trainer,
                 sync_seconds=report.seconds,
                 sync_mib=report.num_bytes / 2**20,
                 compression=report.compression,
                 **self.generation.sample.metrics(),
             )
-
-    def _log(self, **metrics: float) -> None:
-        """Add to the trainer's own metrics: they reach the log history and every tracker, averaged like the others."""
-        trainer: Any = self._trainer() if self._trainer else None
-        recorded = getattr(trainer, "_metrics", None)
-        if recorded is None:
-            return
-        mode = "train" if trainer.model.training else "eval"
-        for name, value in metrics.items():
-            recorded[mode][f"nvfp4/{name}"].append(value)
-
-    def _measure_mismatch(self, trainer: Any) -> None:
-        """Compare sampling log-probabilities with the trainer's wherever TRL has computed both."""
-        original = trainer._generate_and_score_completions
-
-        def generate_and_score(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            self._log_mismatch(trainer, output)
-            return output
-
-        trainer._generate_and_score_completions = generate_and_score
-
-    def _log_mismatch(self, trainer: Any, output: dict[str, torch.Tensor]) -> None:
-        sampler, own = output.get("sampling_per_token_logps"), output.get("old_per_token_logps")
-        if sampler is None or own is None:
-            return
-        mask = output["completion_mask"] * output.get("tool_mask", 1)
-        total, count = mismatch_kl(sampler, own, mask)
-        ratio = output["importance_sampling_ratio"]
-        # One ratio per sequence [B, 1] or per token [B, T]; TRL masks by setting it to zero.
-        considered = mask.bool() if ratio.shape == mask.shape and ratio.shape[1] > 1 else torch.ones_like(ratio).bool()
-        sums = torch.stack([total, count, ((ratio == 0) & considered).sum(), considered.sum()]).double().float()
-        total, count, masked, num_considered = trainer.accelerator.gather(sums).view(-1, 4).sum(0).tolist()
-        self._log(
-            mismatch_kl=total / count if count else 0.0,
-            masked_fraction=masked / num_considered if num_considered else 0.0,
-        )
 
     def _quantize_ref_model(self, trainer: Any, model: Any) -> None:
         ref_model = getattr(trainer, "ref_model", None)

@@ -1,5 +1,7 @@
 """What is measured at each push and each batch of rollouts."""
 
+from typing import Any
+
 import torch
 
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -73,3 +75,55 @@ def mismatch_kl(
     counted = mask.bool() & ~difference.isnan()
     difference = difference[counted]
     return (difference.exp() - 1 - difference).sum(), counted.sum()
+
+
+def record(trainer: Any, **metrics: float) -> None:
+    """Add ``nvfp4/`` metrics to a TRL trainer's own: they reach the log history and every tracker, averaged like those.
+
+    Args:
+        trainer: a TRL trainer; one without metrics of its own is left alone.
+        metrics: name without prefix, and value.
+    """
+    recorded = getattr(trainer, "_metrics", None)
+    if recorded is not None:
+        mode = "train" if trainer.model.training else "eval"
+        for name, value in metrics.items():
+            recorded[mode][f"nvfp4/{name}"].append(value)
+
+
+def record_mismatch(trainer: Any) -> None:
+    """Record ``mismatch_kl`` and ``masked_fraction`` wherever a TRL trainer computes both log-probabilities.
+
+    Works without NVFP4 too, to have a baseline in the same units. Trainers that do not compare sampler and
+    trainer (RLOO, or GRPO with ``vllm_importance_sampling_correction=False``) record nothing.
+    """
+    original = getattr(trainer, "_generate_and_score_completions", None)
+    if original is None:
+        return
+
+    def generate_and_score(*args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        sampler, own = output.get("sampling_per_token_logps"), output.get("old_per_token_logps")
+        ratio = output.get("importance_sampling_ratio")
+        if sampler is not None and own is not None and ratio is not None:
+            mask = output["completion_mask"] * output.get("tool_mask", 1)
+            _record_comparison(trainer, sampler, own, mask, ratio)
+        return output
+
+    trainer._generate_and_score_completions = generate_and_score
+
+
+def _record_comparison(
+    trainer: Any, sampler: torch.Tensor, own: torch.Tensor, mask: torch.Tensor, ratio: torch.Tensor
+) -> None:
+    total, count = mismatch_kl(sampler, own, mask)
+    # One ratio per token [B, T] or per sequence [B, 1]; TRL masks by setting it to zero.
+    considered = mask.bool() if ratio.shape == mask.shape else torch.ones_like(ratio, dtype=torch.bool)
+    masked = (ratio == 0) & considered
+    sums = torch.stack([total, count.double(), masked.sum().double(), considered.sum().double()])
+    total_kl, num_tokens, num_masked, num_considered = trainer.accelerator.gather(sums).view(-1, 4).sum(0).tolist()
+    record(
+        trainer,
+        mismatch_kl=total_kl / num_tokens if num_tokens else 0.0,
+        masked_fraction=num_masked / num_considered if num_considered else 0.0,
+    )

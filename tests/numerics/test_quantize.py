@@ -251,8 +251,10 @@ def test_a_global_scale_of_the_wrong_shape_is_refused():
 
 
 def test_an_unknown_implementation_is_refused():
-    with pytest.raises(ValueError, match="auto, reference, eager; got 'fast'"):
+    with pytest.raises(ValueError, match="auto, reference, eager, triton; got 'fast'"):
         quantize_nvfp4(torch.ones(2, 16), impl="fast")
+    with pytest.raises(ValueError, match="needs the weight on an NVIDIA GPU"):
+        quantize_nvfp4(torch.ones(2, 16), impl="triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
