@@ -42,7 +42,7 @@ def make_engine(folder: str, memory_share: float, **kwargs):
     from vllm import LLM
 
     return LLM(
-        model=folder, skip_tokenizer_init=True, load_format="dummy", dtype="bfloat16", max_model_len=512,
+        model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512,
         gpu_memory_utilization=memory_share, distributed_executor_backend="uni", max_num_seqs=256, **kwargs,
     )  # fmt: skip
 
@@ -86,6 +86,7 @@ def measure(engine_kind: str, options: argparse.Namespace) -> dict:
     from hf_nvfp4_qat.rollout.engine import kernel_name
     from hf_nvfp4_qat.rollout.stream import RolloutStream
     from hf_nvfp4_qat.rollout.sync import check, sync, worker_of
+    from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader
 
     model = make_model(options.layers)
     if engine_kind == "nvfp4":
@@ -93,10 +94,10 @@ def measure(engine_kind: str, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        overrides = {}
+        overrides = {"load_format": "dummy"}
         if engine_kind == "nvfp4":
             config = quantization_config(RolloutStream(model).ignored_layers)
-            overrides = {"hf_overrides": {"quantization_config": config}}
+            overrides = {"hf_overrides": {"quantization_config": config}, "load_format": register_empty_loader()}
         engine = make_engine(folder, options.memory_share, **overrides)
     worker = worker_of(engine)
     result: dict = {"weights_gib": worker.model_runner.model_memory_usage / GIB}

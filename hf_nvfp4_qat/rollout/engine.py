@@ -20,7 +20,11 @@ from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACK
 from hf_nvfp4_qat.rollout.stream import NamedTensor, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import (
     abandon_reload,
+    begin_module,
+    can_replay,
     current_config,
+    finish_module,
+    is_kept_as_loaded,
     stable_addresses,
     unprocessed_loaders,
 )
@@ -37,6 +41,7 @@ class Placement:
         tensor: name of the pushed tensor.
         module, parameter: path of the engine's module and name of its tensor, as checkpoints see it.
         target, source: rectangles of the parameter and of the pushed tensor.
+        is_plain: values arrive unchanged; False where a loader computes with them first, or transposes.
     """
 
     tensor: str
@@ -44,6 +49,7 @@ class Placement:
     parameter: str
     target: Region
     source: Region
+    is_plain: bool = True
 
     @property
     def numel(self) -> int:
@@ -98,6 +104,56 @@ def load_tensors(worker: Any, tensors: Iterable[NamedTensor], layout: Sequence[T
         except BaseException:
             abandon_reload(model, worker.model_config)
             raise
+
+
+class Replay:
+    """Later pushes into an engine that has taken one: the copies that vLLM's loaders made, without asking them again.
+
+    Routing 900 tensors by name through those loaders is Python, and takes longer than everything the GPU does. Their
+    copies are known, so they are made directly: per module, raw tensors are filled, vLLM processes them for its kernel,
+    and the results go where the kernel reads them. Tensors that kernels use as loaded (norms, embeddings) are
+    written in place.
+    """
+
+    def __init__(self, worker: Any, placements: Sequence[Placement]) -> None:
+        """Plan it; ``is_possible`` says whether it would be the same as vLLM's own loading."""
+        self._worker = worker
+        self._model = worker.model_runner.get_model()
+        self._by_tensor: dict[str, list[Placement]] = {}
+        self._num_expected: dict[str, int] = {}
+        for placement in placements:
+            if placement.source:
+                self._by_tensor.setdefault(placement.tensor, []).append(placement)
+                self._num_expected[placement.module] = self._num_expected.get(placement.module, 0) + 1
+        self._modules = {path: self._model.get_submodule(path) for path in self._num_expected}
+        self._in_place = {path for path, module in self._modules.items() if is_kept_as_loaded(module)}
+        self.is_possible = can_replay(worker, self._model) and all(placement.is_plain for placement in placements)
+
+    def load(self, tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> None:
+        """As ``load_tensors``."""
+        raw: dict[str, dict[str, torch.Tensor]] = {}
+        num_missing = dict(self._num_expected)
+        with current_config(self._worker), stable_addresses(self._model), torch.no_grad():
+            try:
+                for name, tensor in _as_announced(tensors, layout):
+                    for placement in self._by_tensor[name]:
+                        path = placement.module
+                        module = self._modules[path]
+                        if path in self._in_place:
+                            target = getattr(module, placement.parameter).data
+                        else:
+                            if path not in raw:
+                                raw[path] = begin_module(module)
+                            target = raw[path][placement.parameter].data
+                        part = tensor[slices(placement.source)]
+                        target[slices(placement.target)].view(part.shape).copy_(part)
+                        num_missing[path] -= 1
+                        if not num_missing[path] and path in raw:
+                            finish_module(module)
+                            del raw[path]
+            except BaseException:
+                abandon_reload(self._model, self._worker.model_config)
+                raise
 
 
 def read_weights(worker: Any, placements: Sequence[Placement]) -> Iterator[tuple[Placement, torch.Tensor]]:
@@ -262,11 +318,13 @@ def _placement(
     if source is None:
         # Filled with a constant: the rows of an embedding beyond the vocabulary.
         return Placement(current, *key, _region(parameter, target), ())
+    is_own = _storage(source) in name_of
     name = name_of.get(_storage(source), current)
     if source.dtype != target.dtype and not (source.dtype.itemsize > 1 and target.dtype.itemsize > 1):
         raise TypeError(f"expected {target.dtype}, got {source.dtype}")
     whole = source._base if source._base is not None else source
-    return Placement(name, *key, _region(parameter, target), _region(whole, source))
+    in_order = sorted(source.stride(), reverse=True) == list(source.stride())
+    return Placement(name, *key, _region(parameter, target), _region(whole, source), is_plain=is_own and in_order)
 
 
 def _region(whole: torch.Tensor, part: torch.Tensor) -> Region:

@@ -8,7 +8,7 @@ An engine that has not been filled yet, or whose last push failed half-way, refu
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,14 +19,14 @@ from torch import nn
 from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-from hf_nvfp4_qat.rollout.engine import Placement, load_tensors, place_tensors, read_weights, slices
-from hf_nvfp4_qat.rollout.stream import RolloutStream
+from hf_nvfp4_qat.rollout.engine import Placement, Replay, load_tensors, place_tensors, read_weights, slices
+from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
 
 logger = logging.getLogger(__name__)
 
-# By the engine's model: the layout that was checked against it, and where its tensors go.
-_placements: WeakKeyDictionary[nn.Module, tuple[tuple, list[Placement]]] = WeakKeyDictionary()
+# By the engine's model.
+_plans: WeakKeyDictionary[nn.Module, "_EnginePlan"] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ def sync(
     start = time.perf_counter()
     worker = worker_of(engine)
     stream = RolloutStream(model)
-    _placed(worker, stream)
+    plan = _plan(worker, stream)
     try:
-        load_tensors(worker, stream.tensors(observe, fresh=False), stream.layout)
+        plan.load(stream.tensors(observe, fresh=False), stream.layout)
     except BaseException as error:
         refuse_to_generate(engine, f"its last weight push failed half-way ({type(error).__name__}: {error})")
         if not isinstance(error, Exception):
@@ -121,7 +121,7 @@ def check(engine: Any, model: nn.Module) -> EngineCheck:
     """
     worker = worker_of(engine)
     stream = RolloutStream(model)
-    read = read_weights(worker, _placed(worker, stream))
+    read = read_weights(worker, _plan(worker, stream).placements)
     pending: dict[str, list[tuple[Placement, torch.Tensor]]] = {}
     different: dict[str, int] = {}
     num_weights = 0
@@ -179,14 +179,32 @@ def allow_to_generate(engine: Any) -> None:
     vars(engine.llm_engine).pop("add_request", None)
 
 
-def _placed(worker: Any, stream: RolloutStream) -> list[Placement]:
-    """Where the stream's tensors go in this engine; worked out and checked once, and again if the stream changes."""
+class _EnginePlan:
+    """What was worked out for one engine and one layout: where tensors go, and how the next push gets there."""
+
+    def __init__(self, worker: Any, layout: Sequence[TensorLayout]) -> None:
+        self._worker = worker
+        self.layout = tuple(layout)
+        self.placements = place_tensors(worker, layout)
+        self._replay: Replay | None = None
+
+    def load(self, tensors: Iterator[NamedTensor], layout: Sequence[TensorLayout]) -> None:
+        """The first push, and any after a failure, go through vLLM's loaders; the others repeat their copies."""
+        replay, self._replay = self._replay, None
+        if replay is not None and replay.is_possible:
+            replay.load(tensors, layout)
+        else:
+            load_tensors(self._worker, tensors, layout)
+        self._replay = replay or Replay(self._worker, self.placements)
+
+
+def _plan(worker: Any, stream: RolloutStream) -> _EnginePlan:
+    """The engine's plan, made and checked once, and again if the stream changes."""
     model = worker.model_runner.get_model()
-    layout, placements = _placements.get(model, (None, None))
-    if placements is None or layout != stream.layout:
-        placements = place_tensors(worker, stream.layout)
-        _placements[model] = (stream.layout, placements)
-    return placements
+    plan = _plans.get(model)
+    if plan is None or plan.layout != stream.layout:
+        plan = _plans[model] = _EnginePlan(worker, stream.layout)
+    return plan
 
 
 def _wait_for_device(worker: Any) -> None:

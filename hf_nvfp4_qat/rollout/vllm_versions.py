@@ -19,6 +19,11 @@ import torch
 from packaging.version import Version
 from torch import nn
 
+from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
+
+EMPTY_FORMAT = "nvfp4_empty"
+_empty_loader: Any = None
+
 OLDEST = Version("0.26.0")
 NEWEST_TESTED = Version("0.31.0")
 
@@ -114,6 +119,77 @@ def abandon_reload(model: nn.Module, model_config: Any) -> None:
                 # Without this vLLM warns about each module that it "failed to load".
                 info.load_numel_total = 0
     layerwise.finalize_layerwise_reload(model, model_config)
+
+
+def begin_module(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Give one module the tensors that checkpoints have, uninitialized, beside the ones its kernel computes with.
+
+    What vLLM's reload does for a module, without its counting of elements. Ends with ``finish_module``, or with
+    ``abandon_reload``.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    info = layerwise.get_layerwise_info(module)
+    info.kernel_tensors = layerwise.get_layer_params_buffers(module)
+    info.kernel_non_persistent_buffers = set(module._non_persistent_buffers_set)
+    layerwise.restore_layer_on_meta(module, info)
+    info.load_numel_total = 0  # not None: under way
+    layerwise.materialize_layer(module, info)
+    return layerwise.get_layer_tensors(module)
+
+
+def finish_module(module: nn.Module) -> None:
+    """Process the tensors that ``begin_module`` gave for the kernel, into the addresses the kernel has."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    layerwise._layerwise_process(module, layerwise.get_layerwise_info(module))
+
+
+def can_replay(worker: Any, model: nn.Module) -> bool:
+    """Whether loading this model is nothing but copies into modules that are processed one by one.
+
+    Not so where attention derives tensors from loaded weights (MLA), and where encoder outputs are cached.
+    """
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    return not worker.model_config.is_multimodal_model and not any(
+        isinstance(module, MLAAttention) for module in model.modules()
+    )
+
+
+def is_kept_as_loaded(module: nn.Module) -> bool:
+    """Whether the kernel of `module` computes with its tensors just as checkpoints bring them."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.platforms import current_platform
+
+    if isinstance(module, VocabParallelEmbedding):
+        return not current_platform.is_cpu()
+    return getattr(module, "quant_method", None) is None
+
+
+def register_empty_loader() -> str:
+    """Register a load format for an engine that waits for its first push, and name it.
+
+    vLLM's own "dummy" leaves packed codes uninitialized and draws global scales around zero: the weights decode to
+    infinities and NaN, which vLLM's warm-up samples from. Here every quantized weight is zero.
+    """
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    global _empty_loader
+    if _empty_loader is None:
+
+        class EmptyModelLoader(DummyModelLoader):
+            def load_weights(self, model: nn.Module, model_config: Any) -> None:
+                super().load_weights(model, model_config)
+                for name, parameter in model.named_parameters():
+                    if name.endswith(PACKED):
+                        parameter.data.zero_()
+                    elif name.endswith((BLOCK_SCALE, GLOBAL_ENCODE_SCALE)):
+                        parameter.data.copy_(torch.ones(parameter.shape, device=parameter.device))
+
+        _empty_loader = register_model_loader(EMPTY_FORMAT)(EmptyModelLoader)
+    return EMPTY_FORMAT
 
 
 def is_filled_by_loading(module: nn.Module, name: str) -> bool:

@@ -2,7 +2,7 @@
 
     TRL                                             with an NVFP4 model
     ---------------------------------------------   -----------------------------------------------------------------
-    LLM(model.name_or_path, ...)                    the same folder, with the NVFP4 configuration and dummy weights
+    LLM(model.name_or_path, ...)                    the same folder, with the NVFP4 configuration and no weights
     sync_weights, colocate: load_weights(bf16)      one packed push through vLLM's own reload (``rollout.sync``)
     sync_weights, server: a stream of fp32/bf16     the same call, fed by our packed stream
     generate                                        unchanged; refused while the weights are not the trained ones
@@ -27,7 +27,7 @@ from hf_nvfp4_qat.rollout.engine import kernel_name
 from hf_nvfp4_qat.rollout.server import check_alignment, check_server, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
 from hf_nvfp4_qat.rollout.sync import EngineCheck, SyncReport, check, refuse_to_generate, sync, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
+from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_version
 from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample
 
 logger = logging.getLogger(__name__)
@@ -231,8 +231,8 @@ def _engine_arguments(config: dict[str, Any], engine_kwargs: dict[str, Any]) -> 
     def make_engine(*args: Any, **kwargs: Any) -> Any:
         given = {**kwargs, **engine_kwargs}
         overrides = {**(given.pop("hf_overrides", None) or {}), "quantization_config": config}
-        # Dummy weights: the first push comes before the first generation. bfloat16: what trained weights decode to.
-        given |= {"hf_overrides": overrides, "load_format": "dummy", "dtype": "bfloat16"}
+        # No weights are read: the first push comes before the first generation. bfloat16: what weights decode to.
+        given |= {"hf_overrides": overrides, "load_format": register_empty_loader(), "dtype": "bfloat16"}
         return original(*args, **given)
 
     vllm_generation.LLM = make_engine

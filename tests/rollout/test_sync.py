@@ -13,13 +13,13 @@ from hf_nvfp4_qat.rollout import sync as sync_module
 from hf_nvfp4_qat.rollout.engine import kernel_name, place_tensors
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.sync import check, refuse_to_generate, sync, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors
+from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors, register_empty_loader
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ON_GPU = torch.cuda.is_available()
 # Marlin wants in_features of 128 or more; heads of 32 keep q, k and v of different heights.
-SIZES = dict(hidden_size=128, intermediate_size=256, head_dim=32)
+SIZES = dict(vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32)
 MLP = "model.layers.0.mlp"
 PROMPTS = [[1, 2, 3, 4], [100, 7, 55], [9]]
 
@@ -49,7 +49,7 @@ def make_engine(path, **kwargs):
 def empty_engine(path, model, **kwargs):
     """An engine as TRL's callback builds it: NVFP4 configuration, random weights."""
     overrides = {"quantization_config": quantization_config(RolloutStream(model).ignored_layers)}
-    return make_engine(path, load_format="dummy", dtype="bfloat16", hf_overrides=overrides, **kwargs)
+    return make_engine(path, load_format=register_empty_loader(), dtype="bfloat16", hf_overrides=overrides, **kwargs)
 
 
 def generate(engine, num_tokens: int = 12):
