@@ -1,0 +1,348 @@
+"""NVFP4RolloutCallback in TRL's real trainers with a real vLLM engine, in colocate mode."""
+
+import logging
+from types import MethodType
+
+import pytest
+import torch
+from conftest import load_qat, tiny_qwen3
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
+
+from hf_nvfp4_qat import NVFP4RolloutCallback, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.rollout import sync as sync_module
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+ON_GPU = torch.cuda.is_available()
+MISMATCH = "sampling/sampling_logp_difference/mean"
+METRICS = ("sync_seconds", "sync_mib", "compression", "weight_error", "mismatch_kl", "masked_fraction")
+# Engines are kept: one that is collected takes the process groups of the others with it.
+_trainers: list = []
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, like the vocabulary of byte-level models."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left")
+    fast.add_special_tokens({"eos_token": "<eos>", "pad_token": "<pad>"})
+    return fast
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("grpo")
+    tokenizer = byte_tokenizer()
+    model = tiny_qwen3(
+        vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Three times the initialization: outputs that depend on the weights, as a trained model's do.
+            parameter.mul_(3 if parameter.ndim == 2 else 1)
+    model.to(torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def variety(completions, **kwargs):
+    """A reward that random text can raise: different characters."""
+    return [float(len(set(completion))) for completion in completions]
+
+
+def make_trainer(model, folder, tmp_path, callbacks, trainer_class=None, config_class=None, **options):
+    from trl import GRPOConfig, GRPOTrainer
+
+    arguments = dict(
+        output_dir=str(tmp_path), use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.2,
+        vllm_max_model_length=128, use_cpu=not ON_GPU, bf16=False, per_device_train_batch_size=4, num_generations=4,
+        max_completion_length=64, max_steps=3, learning_rate=1e-4, logging_steps=1, report_to=[], save_strategy="no",
+        disable_tqdm=True, seed=0,
+    )  # fmt: skip
+    prompts = ["one two three", "the", "a longer prompt than the others", "x = 1"] * 8
+    trainer = (trainer_class or GRPOTrainer)(
+        model,
+        reward_funcs=variety,
+        args=(config_class or GRPOConfig)(**{**arguments, **options}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=byte_tokenizer(),
+        callbacks=callbacks,
+    )
+    _trainers.append(trainer)
+    return trainer
+
+
+def rollouts(**kwargs):
+    return NVFP4RolloutCallback(engine_kwargs={"enforce_eager": True}, **kwargs)
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def greedy(engine, num_tokens=12):
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": list(range(40 + 9 * i, 52 + 7 * i))} for i in range(4)]
+    parameters = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True, logprobs=0)
+    return [
+        (list(out.outputs[0].token_ids), [next(iter(p.values())).logprob for p in out.outputs[0].logprobs])
+        for out in engine.generate(prompts, parameters, use_tqdm=False)
+    ]
+
+
+def test_qat_closes_the_gap_between_sampler_and_trainer(folder, tmp_path, monkeypatch):
+    """The point of it all: with QAT the mismatch is BF16's; without, on the same NVFP4 rollouts, many times that."""
+    from trl.generation import vllm_generation
+
+    def mismatch(kind):
+        set_seed(0)
+        if kind == "bf16":
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            engine = vllm_generation.LLM
+            with monkeypatch.context() as patch:
+                eager = dict(enforce_eager=True, dtype="bfloat16")
+                patch.setattr(vllm_generation, "LLM", lambda **kwargs: engine(**kwargs, **eager))
+                trainer = make_trainer(model, folder, tmp_path, [])
+        else:
+            model = load_qat(folder)
+            if kind == "without qat":
+                for layer in qat_modules(model).values():
+                    layer.forward = MethodType(torch.nn.Linear.forward, layer)
+            trainer = make_trainer(model, folder, tmp_path, [rollouts()])
+        trainer.train()
+        assert len(logged(trainer, MISMATCH)) == 3
+        return sum(logged(trainer, MISMATCH)) / 3
+
+    bf16, qat, without_qat = (mismatch(kind) for kind in ("bf16", "qat", "without qat"))
+    assert qat <= 1.2 * bf16
+    assert without_qat >= 5 * bf16
+
+
+def test_the_engine_runs_the_exported_checkpoint(folder, tmp_path):
+    from vllm import LLM
+
+    model = load_qat(folder)
+    trainer = make_trainer(model, folder, tmp_path, [rollouts(check_every=1)], learning_rate=1e-2)
+    trainer.train()
+    trainer.vllm_generation.sync_weights()
+    trainer.save_model(tmp_path / "served")
+    assert verify_nvfp4(tmp_path / "served", model).ok
+    fresh = LLM(str(tmp_path / "served"), enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.2)
+    _trainers.append(fresh)
+    assert greedy(trainer.vllm_generation.llm) == greedy(fresh)
+
+
+class Recorder(TrainerCallback):
+    """Stands for a tracker: what it is given in on_log is what it would draw."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_metrics_reach_the_history_and_trackers(folder, tmp_path, capsys):
+    tracker = Recorder()
+    callback = rollouts()
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [tracker, callback], learning_rate=1e-2)
+    trainer.train()
+    for name in METRICS:
+        assert len(logged(trainer, f"nvfp4/{name}")) == 3, name
+        assert all(f"nvfp4/{name}" in logs for logs in tracker.seen[:3]), name
+    assert len(logged(trainer, "nvfp4/code_flips")) == 2
+    assert all(0 < share < 1 for share in logged(trainer, "nvfp4/code_flips"))
+    stream = sync_module.RolloutStream(trainer.model)
+    assert logged(trainer, "nvfp4/sync_mib")[0] == pytest.approx(stream.num_bytes / 2**20)
+    assert 0.08 < logged(trainer, "nvfp4/weight_error")[0] < 0.11
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NVFP4 rollouts:")]
+    for part in ("colocate mode", "14 weights packed", "NvFp4LinearKernel", "vLLM", "TRL"):
+        assert part in line
+
+
+def count_pushes(trainer):
+    pushes = []
+    push = trainer.vllm_generation.sync_weights
+    trainer.vllm_generation.sync_weights = lambda: (pushes.append(trainer.state.global_step), push())
+    return pushes
+
+
+def test_one_push_before_each_round_of_generation(folder, tmp_path):
+    trainer = make_trainer(
+        load_qat(folder), folder, tmp_path, [rollouts()], max_steps=4, num_iterations=2, gradient_accumulation_steps=2
+    )
+    pushes = count_pushes(trainer)
+    trainer.train()
+    # Two optimizer steps learn from each round.
+    assert pushes == [0, 2]
+
+
+def test_evaluation_generates_with_the_weights_of_that_moment(folder, tmp_path):
+    callback = rollouts(check_every=1)
+    trainer = make_trainer(
+        load_qat(folder), folder, tmp_path, [callback], max_steps=2, per_device_eval_batch_size=4, learning_rate=1e-2
+    )
+    trainer.eval_dataset = Dataset.from_dict({"prompt": ["hello"] * 4})
+    pushes = count_pushes(trainer)
+    trainer.train()
+    trainer.evaluate()
+    assert pushes == [0, 1, 2]
+    assert callback.generation.last_check.ok
+    assert "eval_nvfp4/mismatch_kl" in trainer.state.log_history[-1]
+
+
+def test_training_resumes_from_a_checkpoint(folder, tmp_path):
+    options = dict(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2)
+    make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **options).train()
+    callback = rollouts(check_every=1)
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [callback], **{**options, "max_steps": 3})
+    pushes = count_pushes(trainer)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert pushes == [2]
+    assert callback.generation.last_check.ok
+
+
+def test_rloo_rolls_out_on_packed_weights_too(folder, tmp_path):
+    from trl import RLOOConfig, RLOOTrainer
+
+    callback = rollouts(check_every=1)
+    trainer = make_trainer(
+        load_qat(folder), folder, tmp_path, [callback], RLOOTrainer, RLOOConfig, max_steps=2, beta=0.0
+    )
+    trainer.train()
+    assert callback.num_pushes == 2
+    assert callback.generation.last_check.ok
+    assert len(logged(trainer, "nvfp4/sync_seconds")) == 2
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_the_reference_model_is_quantized_on_request(folder, tmp_path, quantize):
+    trainer = make_trainer(
+        load_qat(folder), folder, tmp_path, [rollouts(quantize_ref_model=quantize)], beta=0.1, max_steps=1
+    )
+    trainer.train()
+    assert len(qat_modules(trainer.ref_model)) == (14 if quantize else 0)
+    first = logged(trainer, "kl")[0]
+    # The policy has not moved: against its own quantized self the penalty is nil.
+    assert first == pytest.approx(0, abs=1e-6) if quantize else first > 1e-4
+
+
+def test_an_unmarked_model_gets_trls_own_engine_and_push(folder, tmp_path):
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], max_steps=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer = make_trainer(model, folder, tmp_path, [], max_steps=1)
+    assert trainer.vllm_generation.sync_weights.__func__ is VLLMGeneration.sync_weights
+    assert trainer.vllm_generation.llm.llm_engine.model_config.quantization is None
+
+
+def test_trls_own_push_does_not_run_beside_ours(folder, tmp_path, monkeypatch):
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    def no_push(*args):
+        raise AssertionError("TRL pushed")
+
+    monkeypatch.setattr(VLLMGeneration, "sync_weights", no_push)
+    monkeypatch.setattr(VLLMGeneration, "_iter_named_params", no_push)
+    make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], max_steps=1).train()
+
+
+# Faults
+
+
+def test_the_engine_generates_nothing_before_the_first_push(folder, tmp_path):
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()])
+    with pytest.raises(RuntimeError, match="no weights were pushed yet"):
+        greedy(trainer.vllm_generation.llm)
+
+
+def test_a_failing_push_stops_training_and_generation(folder, tmp_path, monkeypatch):
+    model = load_qat(folder)
+    trainer = make_trainer(model, folder, tmp_path, [rollouts()])
+    original = sync_module.RolloutStream.tensors
+
+    def failing(self, *args, **kwargs):
+        for num_sent, item in enumerate(original(self, *args, **kwargs)):
+            if trainer.state.global_step == 1 and num_sent == 10:
+                raise OSError("a cable was pulled")
+            yield item
+
+    monkeypatch.setattr(sync_module.RolloutStream, "tensors", failing)
+    with pytest.raises(RuntimeError, match="half-way.*a cable was pulled"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="must not generate.*a cable was pulled"):
+        greedy(trainer.vllm_generation.llm)
+
+
+def test_weights_that_arrive_changed_stop_training(folder, tmp_path, monkeypatch):
+    from hf_nvfp4_qat.rollout import stream as stream_module
+
+    pack = stream_module.to_checkpoint
+
+    def wrong(layer, packed):
+        tensors = pack(layer, packed)
+        if layer.endswith("1.self_attn.v_proj"):
+            tensors[f"{layer}.weight_packed"] = tensors[f"{layer}.weight_packed"].flip(0)
+        return tensors
+
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()])
+    monkeypatch.setattr(stream_module, "to_checkpoint", wrong)
+    with pytest.raises(RuntimeError, match=r"does not compute with the weights in training: 1 .*v_proj\.weight"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="must not generate"):
+        greedy(trainer.vllm_generation.llm)
+
+
+def test_weights_that_diverge_stop_training_before_anything_is_sent(folder, tmp_path):
+    model = load_qat(folder)
+    trainer = make_trainer(model, folder, tmp_path, [rollouts()])
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 3] = float("inf")
+    with pytest.raises(ValueError, match=r"down_proj\.weight.*diverged"):
+        trainer.train()
+
+
+def test_a_callback_added_after_the_trainer_is_an_error(folder, tmp_path):
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], max_steps=1)
+    trainer.add_callback(rollouts())
+    with pytest.raises(ValueError, match=r"callbacks=\[NVFP4RolloutCallback\(\)\].*not `add_callback`"):
+        trainer.train()
+
+
+def test_a_model_that_does_not_train_in_nvfp4_is_an_error(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="no QAT layers.*NVFP4QATConfig"):
+        make_trainer(model, folder, tmp_path, [rollouts()])
+
+
+def test_without_vllm_it_warns_once_and_trains(folder, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_nvfp4_qat"):
+        trainer = make_trainer(
+            load_qat(folder), folder, tmp_path, [rollouts()], use_vllm=False, max_steps=2, max_completion_length=8
+        )
+        trainer.train()
+    assert [record.message for record in caplog.records if "NVFP4RolloutCallback" in record.message] == [
+        "NVFP4RolloutCallback does nothing: GRPOTrainer does not generate with vLLM (`use_vllm=True` is not set)."
+    ]
+
+
+def test_a_negative_interval_is_refused():
+    with pytest.raises(ValueError, match="check_every"):
+        NVFP4RolloutCallback(check_every=-1)
+
+
+def test_the_trained_model_saves_packed(folder, tmp_path):
+    model = load_qat(folder)
+    make_trainer(model, folder, tmp_path, [rollouts()], max_steps=1).train()
+    save_nvfp4(model, tmp_path / "packed")
+    assert verify_nvfp4(tmp_path / "packed", model).ok
+    assert all(isinstance(layer, QATLinear) for layer in qat_modules(model).values())
