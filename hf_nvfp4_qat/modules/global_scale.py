@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
@@ -90,8 +91,9 @@ class GlobalScales:
             modules = [module for members in grouped for module in members]
             positions = [position for position, members in enumerate(grouped) for _ in members]
             index = torch.tensor(positions, device=device)
-            amax = torch.stack([global_amax(module.weight).to(device) for module in modules])
+            amax = torch.stack([global_amax(_own_part(module.weight)).to(device) for module in modules])
             shared_amax = amax.new_zeros(len(grouped)).scatter_reduce(0, index, amax, "amax")
+            _maximum_over_shards(shared_amax, modules)
             scales = global_decode_scale_of_amax(shared_amax)[index]
             torch._foreach_copy_([module.global_decode_scale for module in modules], list(scales.unbind()))
             for module in modules:
@@ -100,6 +102,24 @@ class GlobalScales:
     def _refresh_stepped(self, stepped: set[int]) -> None:
         groups = self._groups.items()
         self._refresh([name for name, group in groups if any(id(module.weight) in stepped for module in group)])
+
+
+def _own_part(weight: Any) -> torch.Tensor:
+    """The rows of a sharded weight that this process has; a plain weight as it is."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def _maximum_over_shards(shared_amax: torch.Tensor, modules: list[ScaledModule]) -> None:
+    """Where weights are DTensors, every process has seen a part of each: one all-reduce for all of them, in place.
+
+    Weights of one model are sharded over the same mesh, and every process refreshes the same groups in the same order.
+    """
+    # Reductions may drop a NaN; infinity survives them, and makes the scale NaN all the same.
+    shared_amax.nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    meshes = {module.weight.device_mesh for module in modules if isinstance(module.weight, DTensor)}
+    for mesh in meshes:
+        for axis in range(mesh.ndim):
+            torch.distributed.all_reduce(shared_amax, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
 
 
 def _nothing() -> None:

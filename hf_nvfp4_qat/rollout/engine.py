@@ -122,9 +122,8 @@ class Replay:
         self._by_tensor: dict[str, list[Placement]] = {}
         self._num_expected: dict[str, int] = {}
         for placement in placements:
-            if placement.source:
-                self._by_tensor.setdefault(placement.tensor, []).append(placement)
-                self._num_expected[placement.module] = self._num_expected.get(placement.module, 0) + 1
+            self._by_tensor.setdefault(placement.tensor, []).append(placement)
+            self._num_expected[placement.module] = self._num_expected.get(placement.module, 0) + 1
         self._modules = {path: self._model.get_submodule(path) for path in self._num_expected}
         self._in_place = {path for path, module in self._modules.items() if is_kept_as_loaded(module)}
         self.is_possible = can_replay(worker, self._model) and all(placement.is_plain for placement in placements)
@@ -145,8 +144,11 @@ class Replay:
                             if path not in raw:
                                 raw[path] = begin_module(module)
                             target = raw[path][placement.parameter].data
-                        part = tensor[slices(placement.source)]
-                        target[slices(placement.target)].view(part.shape).copy_(part)
+                        if placement.source:
+                            part = tensor[slices(placement.source)]
+                            target[slices(placement.target)].view(part.shape).copy_(part)
+                        else:
+                            target[slices(placement.target)].zero_()
                         num_missing[path] -= 1
                         if not num_missing[path] and path in raw:
                             finish_module(module)

@@ -45,39 +45,63 @@ def with_start_command(command: str) -> Iterator[None]:
         raise type(error)(f"{error}\nStart the server with:\n  {command}") from error
 
 
-def check_server(base_url: str, model_config: Any, *, timeout: float) -> None:
-    """Make sure that the server runs this model in NVFP4.
+def check_server(base_url: str, model: Any, config: dict[str, Any], *, timeout: float) -> None:
+    """Make sure that the server runs this model in this NVFP4 configuration.
 
     Args:
         base_url: of the server.
-        model_config: Transformers config of the model in training.
-        timeout: seconds to wait for it to come up.
+        model: the model in training.
+        config: quantization config of its rollouts.
+        timeout: seconds to wait for the server to come up.
 
     Raises:
         ConnectionError: nothing answers.
-        ValueError: it answers, but is not in development mode, not NVFP4, or serves another model.
+        ValueError: it answers, but is not in development mode, not NVFP4, quantizes other layers, or serves another
+            model.
     """
-    served = _server_info(base_url, timeout)["vllm_config"]["model_config"]
-    if served.get("quantization") != "compressed-tensors":
+    info = _server_info(base_url, timeout)["vllm_config"]["model_config"]
+    served = info["model"]
+    served_config = _served_config(info, str(model.name_or_path), base_url)
+    quantization = served_config.get("quantization_config") or {}
+    if info.get("quantization") != config["quant_method"] or quantization.get("format") != config["format"]:
         raise ValueError(
-            f"The vLLM server at {base_url} must run NVFP4 weights; it runs {served.get('model')} with quantization "
-            f"{served.get('quantization')!r}."
+            f"The vLLM server at {base_url} must run {config['format']} weights; it serves {served} with quantization "
+            f"{info.get('quantization')!r}, format {quantization.get('format')!r}."
         )
-    config = _as_dict(served.get("hf_config"))
-    if config:
-        text = config.get("text_config") or config
-        ours = model_config.get_text_config()
-        wrong = {
-            name: (text[name], getattr(ours, name))
-            for name in _SIZES
-            if name in text and hasattr(ours, name) and text[name] != getattr(ours, name)
-        }
-        if wrong:
-            listed = ", ".join(f"{name} {there} (trainer: {here})" for name, (there, here) in wrong.items())
-            raise ValueError(f"The vLLM server at {base_url} serves another model, {served.get('model')}: {listed}.")
-        method = (config.get("quantization_config") or {}).get("format")
-        if method not in (None, "nvfp4-pack-quantized"):
-            raise ValueError(f"The vLLM server at {base_url} runs {method!r} weights, not nvfp4-pack-quantized.")
+    if different := sorted(set(quantization.get("ignore") or ()) ^ set(config["ignore"])):
+        raise ValueError(
+            f"The vLLM server at {base_url} must leave the same layers unquantized as the trainer; {len(different)} "
+            f"differ, the first is {different[0]}."
+        )
+    ours = model.config.get_text_config()
+    theirs = served_config.get("text_config") or served_config
+    wrong = [
+        f"{name} {theirs[name]} (trainer: {getattr(ours, name)})"
+        for name in _SIZES
+        if name in theirs and hasattr(ours, name) and theirs[name] != getattr(ours, name)
+    ]
+    if wrong:
+        raise ValueError(f"The vLLM server at {base_url} serves another model, {served}: {', '.join(wrong)}.")
+
+
+def _served_config(info: dict[str, Any], ours: str, base_url: str) -> dict[str, Any]:
+    """The served model's config.json with the server's overrides.
+
+    vLLM does not tell it, so it is read by the model's name, here; where that is no place on this machine, only a
+    server of the very name in training is accepted.
+    """
+    from transformers import AutoConfig
+
+    overrides = info.get("hf_overrides") if isinstance(info.get("hf_overrides"), dict) else {}
+    try:
+        return {**AutoConfig.from_pretrained(info["model"]).to_dict(), **(overrides or {})}
+    except (OSError, ValueError) as error:
+        if info["model"] != ours:
+            raise ValueError(
+                f"The vLLM server at {base_url} serves {info['model']}, whose config cannot be read here; the trainer "
+                f"trains {ours}. Serve that, or make the config readable under the same name."
+            ) from error
+        return dict(overrides or {})
 
 
 def check_alignment(layout: Sequence[TensorLayout]) -> None:
@@ -112,13 +136,3 @@ def _server_info(base_url: str, timeout: float) -> dict[str, Any]:
             if time.monotonic() >= deadline:
                 raise ConnectionError(f"No vLLM server answers at {base_url} after {timeout:g} s: {error}.") from error
             time.sleep(1.0)
-
-
-def _as_dict(config: Any) -> dict[str, Any]:
-    """A Transformers config as vLLM dumps it: a dict, or its repr, a class name and JSON."""
-    if isinstance(config, dict):
-        return config
-    try:
-        return json.loads(config[config.index("{") :])
-    except (TypeError, ValueError):
-        return {}

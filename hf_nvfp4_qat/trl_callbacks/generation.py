@@ -139,7 +139,7 @@ class NVFP4Generation:
         check_alignment(stream.layout)
         if trl.accelerator.is_main_process:
             with with_start_command(command):
-                check_server(base_url, trl.model.config, timeout=trl.server_timeout)
+                check_server(base_url, trl.model, config, timeout=trl.server_timeout)
         with with_start_command(command):
             original()
         self.kernel = "in the server"

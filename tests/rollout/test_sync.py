@@ -152,6 +152,36 @@ def test_no_tensor_of_the_engine_moves_over_five_pushes(engine, model):
     assert check(engine, model).ok
 
 
+def test_later_pushes_repeat_the_copies_of_the_first(engine, model, monkeypatch):
+    """Not through vLLM's loaders, and with the same result."""
+    sync(engine, model)
+    sync(engine, model)
+    runner = worker_of(engine).model_runner
+
+    def no_loading(*args, **kwargs):
+        raise AssertionError("vLLM's loaders were asked")
+
+    monkeypatch.setattr(runner.get_model(), "load_weights", no_loading)
+    train_a_little(model)
+    sync(engine, model)
+    assert check(engine, model).ok
+
+
+def test_a_model_whose_loading_is_more_than_copies_goes_through_vllms_loaders_every_time(engine, model, monkeypatch):
+    monkeypatch.setattr("hf_nvfp4_qat.rollout.engine.can_replay", lambda worker, model: False)
+    sync_module._plans.clear()
+    asked = []
+    engine_model = worker_of(engine).model_runner.get_model()
+    load = engine_model.load_weights
+    monkeypatch.setattr(engine_model, "load_weights", lambda weights: (asked.append(1), load(weights))[1])
+    for _ in range(3):
+        train_a_little(model)
+        sync(engine, model)
+    assert len(asked) == 4  # the first time to see where tensors go
+    assert check(engine, model).ok
+    sync_module._plans.clear()
+
+
 def test_biases_arrive(tmp_path):
     model = load_qat(save(tiny_llama(**SIZES), tmp_path))
     engine = empty_engine(tmp_path, model)

@@ -256,6 +256,18 @@ def test_trls_own_push_does_not_run_beside_ours(folder, tmp_path, monkeypatch):
     make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], max_steps=1).train()
 
 
+@pytest.mark.gpu
+def test_sleep_mode_wakes_to_the_trained_weights(folder, tmp_path):
+    callback = rollouts(check_every=1)
+    trainer = make_trainer(
+        load_qat(folder), folder, tmp_path, [callback], vllm_enable_sleep_mode=True, learning_rate=1e-2
+    )
+    trainer.train()
+    assert callback.num_pushes == 3
+    assert callback.generation.last_check.ok
+    assert max(logged(trainer, "nvfp4/mismatch_kl")) < 1e-2
+
+
 # Faults
 
 

@@ -1,0 +1,129 @@
+"""Server mode without its network: TRL's real trainer and stream, vLLM's real byte buffers, and a real engine that
+takes what came out of them. HTTP and NCCL are stood in for; on GPUs the whole of it runs (RESULTS.md)."""
+
+import pytest
+import torch
+from conftest import load_qat
+from rollout.test_server import answering
+from trl_callbacks.test_callback import folder, logged, make_trainer, rollouts  # noqa: F401
+
+from hf_nvfp4_qat.checkpoint.names import quantization_config
+from hf_nvfp4_qat.rollout import stream as stream_module
+from hf_nvfp4_qat.rollout.stream import RolloutStream
+from hf_nvfp4_qat.rollout.sync import check, worker_of
+from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+class ServerStandIn:
+    """TRL's client, with the server's engine behind it."""
+
+    engine = None
+    num_pushes = 0
+
+    def __init__(self, **kwargs):
+        pass
+
+    def init_communicator(self, device):
+        pass
+
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": "processed_logprobs"}}
+
+    def update_named_params(self, metadata, named_params):
+        # As vLLM's packed transfer: one buffer of bytes, cut by what was announced.
+        buffer = torch.cat([tensor.contiguous().view(torch.uint8).view(-1) for _, tensor in named_params])
+        sizes = [getattr(torch, dtype).itemsize * torch.Size(shape).numel() for _, dtype, shape in metadata]
+        received = [
+            (name, part.view(getattr(torch, dtype)).view(shape))
+            for (name, dtype, shape), part in zip(metadata, buffer.split(sizes), strict=True)
+        ]
+        worker_of(self.engine).reload_weights(weights_iterator=iter(received))
+        type(self).num_pushes += 1
+
+    def reset_prefix_cache(self):
+        self.engine.reset_prefix_cache()
+
+    def generate(self, prompts, n, max_tokens, temperature, **kwargs):
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(n=n, max_tokens=max_tokens, temperature=temperature, logprobs=0)
+        requests = self.engine.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False
+        )
+        outputs = [output for request in requests for output in request.outputs]
+        return {
+            "prompt_ids": prompts,
+            "completion_ids": [list(output.token_ids) for output in outputs],
+            "logprobs": [[[next(iter(p.values())).logprob] for p in output.logprobs] for output in outputs],
+            "logprob_token_ids": [[[token] for token in output.token_ids] for output in outputs],
+        }
+
+
+@pytest.fixture
+def server(folder, monkeypatch):  # noqa: F811
+    from trl.generation import vllm_generation
+    from vllm import LLM
+
+    model = load_qat(folder)
+    config = quantization_config(RolloutStream(model).ignored_layers)
+    if ServerStandIn.engine is None:
+        ServerStandIn.engine = LLM(
+            str(folder), load_format=register_empty_loader(), dtype="bfloat16", enforce_eager=True, max_model_len=128,
+            hf_overrides={"quantization_config": config}, gpu_memory_utilization=0.2,
+            logprobs_mode="processed_logprobs", distributed_executor_backend="uni",
+        )  # fmt: skip
+    monkeypatch.setattr(vllm_generation, "VLLMClient", ServerStandIn)
+    monkeypatch.setattr(ServerStandIn, "num_pushes", 0)
+    answer = dict(model=str(folder), quantization="compressed-tensors", hf_overrides={"quantization_config": config})
+    with answering(200, **answer) as url:
+        yield dict(vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=1.0)
+
+
+def test_a_server_gets_the_packed_stream(folder, tmp_path, server):  # noqa: F811
+    model = load_qat(folder)
+    trainer = make_trainer(model, folder, tmp_path, [rollouts()], learning_rate=1e-2, **server)
+    trainer.train()
+    assert ServerStandIn.num_pushes == 3
+    assert logged(trainer, "nvfp4/sync_mib")[0] == pytest.approx(RolloutStream(model).num_bytes / 2**20)
+    assert max(logged(trainer, "nvfp4/mismatch_kl")) < 1e-3
+    trainer.vllm_generation.sync_weights()
+    assert check(ServerStandIn.engine, model).ok
+
+
+def test_after_a_failure_half_way_the_transfer_ends_and_the_server_is_not_asked(
+    folder, tmp_path, server, monkeypatch  # noqa: F811
+):  # fmt: skip
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **server)
+    pack, calls = stream_module.quantize_unchecked, []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError("out of memory")
+        return pack(*args)
+
+    monkeypatch.setattr(stream_module, "quantize_unchecked", failing)
+    with pytest.raises(RuntimeError, match="failed half-way: out of memory"):
+        trainer.train()
+    assert ServerStandIn.num_pushes == 1
+    with pytest.raises(RuntimeError, match="must not generate"):
+        trainer.vllm_generation.generate([[1, 2]], None, 1)
+    trainer.vllm_generation.sync_weights()
+    trainer.vllm_generation.generate([[1, 2]], None, 1)
+
+
+def test_a_missing_server_is_an_error_with_the_start_command(folder, tmp_path):  # noqa: F811
+    with pytest.raises(ConnectionError, match=r"(?s)No vLLM server answers.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
+        make_trainer(
+            load_qat(folder), folder, tmp_path, [rollouts()], vllm_mode="server",
+            vllm_server_base_url="http://127.0.0.1:9", vllm_server_timeout=0.1,
+        )  # fmt: skip
+
+
+def test_a_server_of_another_model_is_an_error_with_the_start_command(folder, tmp_path, server):  # noqa: F811
+    model = load_qat(folder)
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ValueError, match=r"(?s)another model.*num_hidden_layers 2 \(trainer: 7\).*vllm serve"):
+        make_trainer(model, folder, tmp_path, [rollouts()], **server)
