@@ -38,6 +38,11 @@ SIZES = dict(
 )  # fmt: skip
 
 
+# What tests add to every vLLM engine. Many live in one process, for one that is collected takes the others'
+# process groups with it, so each has a small cache.
+SMALL_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine has not got, and say so; run vLLM's tests last, since an engine changes its process."""
     for item in items:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -25,8 +24,8 @@ from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
 
 logger = logging.getLogger(__name__)
 
-# By the engine's model.
-_plans: WeakKeyDictionary[nn.Module, "_EnginePlan"] = WeakKeyDictionary()
+# Attribute of vLLM's worker.
+_PLAN = "nvfp4_rollout_plan"
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,11 @@ class _EnginePlan:
 
 
 def _plan(worker: Any, stream: RolloutStream) -> _EnginePlan:
-    """The engine's plan, made and checked once, and again if the stream changes."""
-    model = worker.model_runner.get_model()
-    plan = _plans.get(model)
+    """The engine's plan, made and checked once, and again if the stream changes; it lives and dies with the worker."""
+    plan = getattr(worker, _PLAN, None)
     if plan is None or plan.layout != stream.layout:
-        plan = _plans[model] = _EnginePlan(worker, stream.layout)
+        plan = _EnginePlan(worker, stream.layout)
+        setattr(worker, _PLAN, plan)
     return plan
 
 

@@ -57,16 +57,19 @@ def current_config(worker: Any) -> Iterator[None]:
 def stable_addresses(model: nn.Module) -> Iterator[None]:
     """Keep every tensor that is a plain attribute of a module where it is, with the values it has at the end.
 
-    CUDA graphs have captured the addresses. vLLM preserves those of parameters and buffers itself.
+    CUDA graphs have captured the addresses. vLLM preserves those of parameters and buffers itself. An error is no
+    exception: graphs that lock in freed memory hang at the next generation.
     """
     before = plain_tensors(model)
-    yield
-    for (path, name), old in before.items():
-        module = model.get_submodule(path)
-        new = vars(module).get(name)
-        if isinstance(new, torch.Tensor) and new is not old and new.shape == old.shape and new.dtype == old.dtype:
-            old.copy_(new)
-            setattr(module, name, old)
+    try:
+        yield
+    finally:
+        for (path, name), old in before.items():
+            module = model.get_submodule(path)
+            new = vars(module).get(name)
+            if isinstance(new, torch.Tensor) and new is not old and new.shape == old.shape and new.dtype == old.dtype:
+                old.copy_(new)
+                setattr(module, name, old)
 
 
 def plain_tensors(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:

@@ -57,11 +57,6 @@ def mark(model: nn.Module, rollout: Rollout) -> None:
     _marked[model] = rollout
 
 
-def unmark(model: nn.Module) -> None:
-    """Undo ``mark``."""
-    _marked.pop(model, None)
-
-
 def _wrap_engine_construction() -> None:
     import trl
     from trl.generation.vllm_generation import VLLMGeneration
@@ -74,7 +69,8 @@ def _wrap_engine_construction() -> None:
 
     @wraps(original)
     def _init_vllm(self: Any) -> None:
-        rollout = _marked.get(self.model)
+        # Taken out: a rollout refers to its model, and a weak dictionary would keep both for ever.
+        rollout = _marked.pop(self.model, None)
         if rollout is None:
             original(self)
         else:

@@ -4,23 +4,28 @@ from typing import Any
 
 import torch
 
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
-ROWS_PER_WEIGHT = 64
+ELEMENTS_PER_WEIGHT = 2**16
 
 
 class WeightSample:
-    """Quantization error and code flips, on up to 64 evenly spaced rows of every weight (all rows of a small one).
+    """Quantization error and code flips, on evenly spaced rows of every weight: all of a small one, 65,536 elements of
+    a large one.
 
     A sample, because the codes of the last push must be kept to compare with: all of them would be a second packed copy
-    of the model, and the rows kept here are under one percent of an 8B model.
+    of the model. What is taken of a weight is only sliced here, and computed with once for all weights.
     """
 
     def __init__(self) -> None:
-        self._codes: dict[str, torch.Tensor] = {}
-        self._sums: list[torch.Tensor] = []
-        self._flips: list[torch.Tensor] = []
-        self._num_compared = 0
+        self._names: list[str] = []
+        self._masters: list[torch.Tensor] = []
+        self._codes: list[torch.Tensor] = []
+        self._block_scales: list[torch.Tensor] = []
+        self._global_scales: list[torch.Tensor] = []
+        self._codes_before: torch.Tensor | None = None
+        self._names_before: list[str] = []
 
     def observe(self, name: str, weight: torch.Tensor, packed: NVFP4Tensor) -> None:
         """Take the sampled rows of one weight; no device synchronization.
@@ -30,31 +35,44 @@ class WeightSample:
             weight: master weight ``[N, K]``.
             packed: what is pushed of it.
         """
-        step = max(1, -(-weight.shape[0] // ROWS_PER_WEIGHT))
-        master = weight[::step].to(torch.bfloat16).float()
-        codes = packed.packed[::step].contiguous()
-        sampled = NVFP4Tensor(codes, packed.block_scale[::step].contiguous(), packed.global_decode_scale)
-        error = sampled.dequantize().float() - master
-        self._sums.append(torch.stack([error.square().sum(), master.square().sum()]))
-        before = self._codes.get(name)
-        if before is not None:
-            changed = before ^ codes
-            self._flips.append(((changed & 0x0F) != 0).sum() + ((changed & 0xF0) != 0).sum())
-            self._num_compared += 2 * codes.numel()
-        self._codes[name] = codes.clone()
+        num_rows, in_features = weight.shape
+        rows = slice(None, None, max(1, -(-num_rows * in_features // ELEMENTS_PER_WEIGHT)))
+        block_scale = packed.block_scale[rows].reshape(-1, 1)
+        self._names.append(name)
+        self._masters.append(weight[rows].to(torch.bfloat16).reshape(-1, BLOCK_SIZE))
+        self._codes.append(packed.packed[rows].reshape(-1, BLOCK_SIZE // 2))
+        self._block_scales.append(block_scale)
+        self._global_scales.append(packed.global_decode_scale.expand(block_scale.shape))
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the push that just ended; starts the next.
 
         Returns:
             ``weight_error``: ``||decoded - master|| / ||master||`` over all sampled weights; ``code_flips``: share of
-            the sampled codes that changed since the push before, absent after the first.
+            the sampled codes that changed since the push before, absent after the first. Empty if nothing was taken.
         """
-        error, norm = torch.stack([sums.cpu() for sums in self._sums]).sum(0).tolist()
-        metrics = {"weight_error": (error / norm) ** 0.5 if norm else 0.0}
-        if self._num_compared:
-            metrics["code_flips"] = sum(int(flips) for flips in self._flips) / self._num_compared
-        self._sums, self._flips, self._num_compared = [], [], 0
+        if not self._names:
+            return {}
+        device = self._codes[0].device
+        master, codes, global_scale = (
+            torch.cat([part.to(device) for part in parts])
+            for parts in (self._masters, self._codes, self._global_scales)
+        )
+        block_scale = torch.cat([part.to(device).view(torch.uint8) for part in self._block_scales])
+        one = torch.ones((), dtype=torch.float32, device=device)
+        decoded = NVFP4Tensor(codes, block_scale.view(torch.float8_e4m3fn), one).dequantize()
+        error = decoded.float() * global_scale - master.float()
+        sums = torch.stack([error.square().sum(), master.float().square().sum()])
+        before = self._codes_before
+        if before is not None and self._names == self._names_before and before.shape == codes.shape:
+            changed = before ^ codes
+            sums = torch.cat([sums, ((changed & 0x0F) != 0).sum()[None] + ((changed & 0xF0) != 0).sum()[None]])
+        squared_error, squared_norm, *num_flips = sums.double().tolist()
+        metrics = {"weight_error": (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0}
+        if num_flips:
+            metrics["code_flips"] = num_flips[0] / (2 * codes.numel())
+        self._codes_before, self._names_before = codes, self._names
+        self._names, self._masters, self._codes, self._block_scales, self._global_scales = [], [], [], [], []
         return metrics
 
 

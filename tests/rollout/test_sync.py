@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import load_qat, take_step, tiny_llama, tiny_qwen3
+from conftest import SMALL_ENGINE, load_qat, take_step, tiny_llama, tiny_qwen3
 from transformers import AutoModelForCausalLM
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4
@@ -35,10 +35,10 @@ def make_engine(path, **kwargs):
         model=str(path),
         skip_tokenizer_init=True,
         # Graphs without compilation: what the tests are about, and a third of the start-up time.
-        enforce_eager=not ON_GPU,
+        **{**SMALL_ENGINE, "enforce_eager": not ON_GPU},
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]},
         max_model_len=64,
-        gpu_memory_utilization=0.1 if ON_GPU else 0.2,
+        gpu_memory_utilization=0.03 if ON_GPU else 0.2,
         distributed_executor_backend="uni",
         **kwargs,
     )
@@ -169,7 +169,7 @@ def test_later_pushes_repeat_the_copies_of_the_first(engine, model, monkeypatch)
 
 def test_a_model_whose_loading_is_more_than_copies_goes_through_vllms_loaders_every_time(engine, model, monkeypatch):
     monkeypatch.setattr("hf_nvfp4_qat.rollout.engine.can_replay", lambda worker, model: False)
-    sync_module._plans.clear()
+    del worker_of(engine).nvfp4_rollout_plan
     asked = []
     engine_model = worker_of(engine).model_runner.get_model()
     load = engine_model.load_weights
@@ -179,7 +179,7 @@ def test_a_model_whose_loading_is_more_than_copies_goes_through_vllms_loaders_ev
         sync(engine, model)
     assert len(asked) == 4  # the first time to see where tensors go
     assert check(engine, model).ok
-    sync_module._plans.clear()
+    del worker_of(engine).nvfp4_rollout_plan
 
 
 def test_biases_arrive(tmp_path):

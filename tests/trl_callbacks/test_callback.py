@@ -1,11 +1,12 @@
 """NVFP4RolloutCallback in TRL's real trainers with a real vLLM engine, in colocate mode."""
 
+import gc
 import logging
 from types import MethodType
 
 import pytest
 import torch
-from conftest import load_qat, tiny_qwen3
+from conftest import SMALL_ENGINE, load_qat, tiny_qwen3
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
@@ -18,10 +19,19 @@ from hf_nvfp4_qat.rollout import sync as sync_module
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 ON_GPU = torch.cuda.is_available()
+# On a GPU of 80 GB, 2 GB an engine; a CPU build looks at the machine's memory.
+MEMORY = 0.025 if ON_GPU else 0.2
 MISMATCH = "sampling/sampling_logp_difference/mean"
 METRICS = ("sync_seconds", "sync_mib", "compression", "weight_error", "mismatch_kl", "masked_fraction")
-# Engines are kept: one that is collected takes the process groups of the others with it.
+# Engines live until the test ends: one that is collected takes the process groups of the others with it.
 _trainers: list = []
+
+
+@pytest.fixture(autouse=True)
+def release_engines():
+    yield
+    _trainers.clear()
+    gc.collect()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -61,7 +71,7 @@ def make_trainer(model, folder, tmp_path, callbacks, trainer_class=None, config_
     from trl import GRPOConfig, GRPOTrainer
 
     arguments = dict(
-        output_dir=str(tmp_path), use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=0.2,
+        output_dir=str(tmp_path), use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=MEMORY,
         vllm_max_model_length=128, use_cpu=not ON_GPU, bf16=False, per_device_train_batch_size=4, num_generations=4,
         max_completion_length=64, max_steps=3, learning_rate=1e-4, logging_steps=1, report_to=[], save_strategy="no",
         disable_tqdm=True, seed=0,
@@ -80,7 +90,7 @@ def make_trainer(model, folder, tmp_path, callbacks, trainer_class=None, config_
 
 
 def rollouts(**kwargs):
-    return NVFP4RolloutCallback(engine_kwargs={"enforce_eager": True}, **kwargs)
+    return NVFP4RolloutCallback(engine_kwargs=SMALL_ENGINE, **kwargs)
 
 
 def logged(trainer, name):
@@ -108,8 +118,8 @@ def test_qat_closes_the_gap_between_sampler_and_trainer(folder, tmp_path, monkey
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             engine = vllm_generation.LLM
             with monkeypatch.context() as patch:
-                eager = dict(enforce_eager=True, dtype="bfloat16")
-                patch.setattr(vllm_generation, "LLM", lambda **kwargs: engine(**kwargs, **eager))
+                small = {**SMALL_ENGINE, "dtype": "bfloat16"}
+                patch.setattr(vllm_generation, "LLM", lambda **kwargs: engine(**kwargs, **small))
                 trainer = make_trainer(model, folder, tmp_path, [])
         else:
             model = load_qat(folder)
@@ -135,7 +145,7 @@ def test_the_engine_runs_the_exported_checkpoint(folder, tmp_path):
     trainer.vllm_generation.sync_weights()
     trainer.save_model(tmp_path / "served")
     assert verify_nvfp4(tmp_path / "served", model).ok
-    fresh = LLM(str(tmp_path / "served"), enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.2)
+    fresh = LLM(str(tmp_path / "served"), max_model_len=128, gpu_memory_utilization=MEMORY, **SMALL_ENGINE)
     _trainers.append(fresh)
     assert greedy(trainer.vllm_generation.llm) == greedy(fresh)
 
@@ -150,7 +160,7 @@ class Recorder(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-def test_metrics_reach_the_history_and_trackers(folder, tmp_path, capsys):
+def test_metrics_reach_the_history_and_trackers(folder, tmp_path, capfd):
     tracker = Recorder()
     callback = rollouts()
     trainer = make_trainer(load_qat(folder), folder, tmp_path, [tracker, callback], learning_rate=1e-2)
@@ -163,7 +173,7 @@ def test_metrics_reach_the_history_and_trackers(folder, tmp_path, capsys):
     stream = sync_module.RolloutStream(trainer.model)
     assert logged(trainer, "nvfp4/sync_mib")[0] == pytest.approx(stream.num_bytes / 2**20)
     assert 0.08 < logged(trainer, "nvfp4/weight_error")[0] < 0.11
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NVFP4 rollouts:")]
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if line.startswith("NVFP4 rollouts:")]
     for part in ("colocate mode", "14 weights packed", "NvFp4LinearKernel", "vLLM", "TRL"):
         assert part in line
 

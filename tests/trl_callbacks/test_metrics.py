@@ -47,12 +47,27 @@ def test_weight_error_and_code_flips_of_a_small_weight_are_exact():
 
 
 def test_the_sample_of_a_large_weight_is_bounded_and_spread():
-    weight = torch.randn(1000, 32)
-    weight[500:] *= 100
+    weight = torch.randn(4001, 64)
     sample = WeightSample()
     sample.observe("w", weight, quantize_nvfp4(weight))
-    assert sample._codes["w"].shape == (63, 16)
+    # Every fourth row, 4 blocks each.
+    assert torch.equal(sample._masters[0], weight[::4].bfloat16().reshape(-1, 16))
+    assert len(sample._masters[0]) == 4 * 1001
     assert 0 < sample.metrics()["weight_error"] < 0.2
+
+
+def test_metrics_of_several_weights_are_of_all_of_them_together():
+    small, large = torch.randn(8, 32), 100 * torch.randn(8, 32)
+    sample = WeightSample()
+    for name, weight in (("small", small), ("large", large)):
+        sample.observe(name, weight, quantize_nvfp4(weight))
+    error = torch.cat([quantize_nvfp4(weight).dequantize().float() - weight.bfloat16() for weight in (small, large)])
+    expected = error.norm() / torch.cat([small, large]).bfloat16().float().norm()
+    assert sample.metrics()["weight_error"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_metrics_without_a_push_are_empty():
+    assert WeightSample().metrics() == {}
 
 
 def comparing_trainer(output):

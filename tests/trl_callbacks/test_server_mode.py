@@ -3,7 +3,7 @@ takes what came out of them. HTTP and NCCL are stood in for; on GPUs the whole o
 
 import pytest
 import torch
-from conftest import load_qat
+from conftest import SMALL_ENGINE, load_qat
 from rollout.test_server import answering
 from trl_callbacks.test_callback import folder, logged, make_trainer, rollouts  # noqa: F401
 
@@ -70,9 +70,9 @@ def server(folder, monkeypatch):  # noqa: F811
     config = quantization_config(RolloutStream(model).ignored_layers)
     if ServerStandIn.engine is None:
         ServerStandIn.engine = LLM(
-            str(folder), load_format=register_empty_loader(), dtype="bfloat16", enforce_eager=True, max_model_len=128,
+            str(folder), load_format=register_empty_loader(), dtype="bfloat16", max_model_len=128,
             hf_overrides={"quantization_config": config}, gpu_memory_utilization=0.2,
-            logprobs_mode="processed_logprobs", distributed_executor_backend="uni",
+            logprobs_mode="processed_logprobs", distributed_executor_backend="uni", **SMALL_ENGINE,
         )  # fmt: skip
     monkeypatch.setattr(vllm_generation, "VLLMClient", ServerStandIn)
     monkeypatch.setattr(ServerStandIn, "num_pushes", 0)
