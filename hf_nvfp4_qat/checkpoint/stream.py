@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
-from hf_nvfp4_qat.distributed.gather import full_shape
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import qat_modules, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
@@ -202,10 +201,9 @@ def checkpoint_entries(
         return weights[module_name] if gather is None else gather(weights[module_name])
 
     if not isinstance(model, PreTrainedModel):
-        return {name: (name, full_shape(tensor), partial(load, name)) for name, tensor in weights.items()}
-    meta = {
-        name: torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta") for name, tensor in weights.items()
-    }
+        return {name: (name, tuple(tensor.shape), partial(load, name)) for name, tensor in weights.items()}
+    # By shape and dtype, not `empty_like`: shards have the shape of the whole, and must not be asked for more.
+    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.items()}
     module_names = {id(tensor): name for name, tensor in meta.items()}
     entries: dict[str, CheckpointEntry] = {}
     renamed = set()

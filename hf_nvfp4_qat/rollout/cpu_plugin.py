@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-logger = logging.getLogger(__name__)
+# Below vLLM's logger, whose handler shows the line in every process of the engine.
+logger = logging.getLogger("vllm.hf_nvfp4_qat")
 
 
 def register() -> None:

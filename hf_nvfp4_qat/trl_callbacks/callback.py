@@ -127,11 +127,6 @@ class NVFP4RolloutCallback(TrainerCallback):
         if state.is_world_process_zero:
             print(self._startup_line(), flush=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """The engine stays as it is, for evaluation after training."""
-
     def _startup_line(self) -> str:
         import transformers
         import trl

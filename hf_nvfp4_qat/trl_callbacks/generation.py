@@ -107,12 +107,17 @@ class NVFP4Generation:
         """Build TRL's engine or connect to its server, the NVFP4 way.
 
         Raises:
-            ValueError: FSDP1, a server without NVFP4 or with another model, an engine without NVFP4.
+            ValueError: FSDP1, ZeRO-3, a server without NVFP4 or with another model, an engine without NVFP4.
         """
         vllm_version()
         if self.trl._dist.fsdp_version == 1:
             raise ValueError(
                 "NVFP4 rollouts need FSDP2: TRL loses track of the root of an FSDP1 model. Set fsdp_version: 2."
+            )
+        if self.trl._dist.is_zero3:
+            raise ValueError(
+                "NVFP4 QAT does not work with DeepSpeed ZeRO-3 yet: weights are empty between forwards, and their "
+                "global scales cannot be refreshed. Use FSDP2, or plain data parallelism."
             )
         stream = RolloutStream(self.trl.model)
         self.num_packed = stream.num_packed
