@@ -81,19 +81,20 @@ class GlobalScales:
     @torch.no_grad()
     def _refresh(self, groups: Iterable[str]) -> None:
         """One batched pass a device: an amax per weight, then a handful of calls for all scales together."""
-        by_device: dict[torch.device, list[list[ScaledModule]]] = {}
+        by_place: dict[tuple[torch.device, Any], list[list[ScaledModule]]] = {}
         for group in groups:
             # Offloaded weights are on the meta device between forwards and have nothing to read.
             members = [module for module in self._groups[group] if module.weight.device.type != "meta"]
             if members:
-                by_device.setdefault(members[0].weight.device, []).append(members)
-        for device, grouped in by_device.items():
+                by_place.setdefault((members[0].weight.device, _mesh(members[0].weight)), []).append(members)
+        for (device, mesh), grouped in by_place.items():
             modules = [module for members in grouped for module in members]
             positions = [position for position, members in enumerate(grouped) for _ in members]
             index = torch.tensor(positions, device=device)
             amax = torch.stack([global_amax(_own_part(module.weight)).to(device) for module in modules])
             shared_amax = amax.new_zeros(len(grouped)).scatter_reduce(0, index, amax, "amax")
-            _maximum_over_shards(shared_amax, modules)
+            if mesh is not None:
+                _maximum_over_shards(shared_amax, mesh)
             scales = global_decode_scale_of_amax(shared_amax)[index]
             torch._foreach_copy_([module.global_decode_scale for module in modules], list(scales.unbind()))
             for module in modules:
@@ -109,17 +110,19 @@ def _own_part(weight: Any) -> torch.Tensor:
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def _maximum_over_shards(shared_amax: torch.Tensor, modules: list[ScaledModule]) -> None:
-    """Where weights are DTensors, every process has seen a part of each: one all-reduce for all of them, in place.
+def _mesh(weight: Any) -> Any:
+    return weight.device_mesh if isinstance(weight, DTensor) else None
 
-    Weights of one model are sharded over the same mesh, and every process refreshes the same groups in the same order.
+
+def _maximum_over_shards(shared_amax: torch.Tensor, mesh: Any) -> None:
+    """Every process of `mesh` has seen a part of each DTensor: one all-reduce an axis for all of them, in place.
+
+    Every process refreshes the same groups in the same order.
     """
     # Reductions may drop a NaN; infinity survives them, and makes the scale NaN all the same.
     shared_amax.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    meshes = {module.weight.device_mesh for module in modules if isinstance(module.weight, DTensor)}
-    for mesh in meshes:
-        for axis in range(mesh.ndim):
-            torch.distributed.all_reduce(shared_amax, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
+    for axis in range(mesh.ndim):
+        torch.distributed.all_reduce(shared_amax, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
 
 
 def _nothing() -> None:

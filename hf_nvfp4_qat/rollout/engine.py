@@ -9,7 +9,7 @@ pushed tensor fills, under any fusion, renaming and tensor parallelism. The regi
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -158,32 +158,36 @@ class Replay:
                 raise
 
 
-def read_weights(worker: Any, placements: Sequence[Placement]) -> Iterator[tuple[Placement, torch.Tensor]]:
-    """What the engine computes with, for the placement of every weight, bias and embedding.
+class EngineReader:
+    """What the engine computes with, region by region.
 
     A linear layer is asked through its own GEMM, whatever layout its kernel keeps the weight in: the identity goes in,
     the transposed weight comes out, exact since each output is one product. Other parameters are read as they are.
-
-    Yields:
-        (placement, tensor of the shape of its `target`; for packed codes the decoded values, twice as wide).
     """
-    model = worker.model_runner.get_model()
-    by_module: dict[str, list[Placement]] = {}
-    for placement in placements:
-        if placement.parameter not in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE):
-            by_module.setdefault(placement.module, []).append(placement)
-    for path, group in by_module.items():
-        module = model.get_submodule(path)
-        weight = _linear_weight(module) if _is_linear(module) else None
-        for placement in group:
-            if weight is not None and placement.parameter in ("weight", PACKED):
-                whole = weight
-            elif weight is not None and placement.parameter == "bias":
-                whole = _linear_bias(module)
-            else:
-                whole = getattr(module, placement.parameter).detach()
-            yield placement, whole[slices(placement.target, widen=1 + (placement.parameter == PACKED))]
-        del weight
+
+    def __init__(self, worker: Any) -> None:
+        self._model = worker.model_runner.get_model()
+        self._last: tuple[str, torch.Tensor | None] = ("", None)
+
+    def read(self, placement: Placement) -> torch.Tensor:
+        """The values at the `target` of a placement; of packed codes the decoded values, twice as wide."""
+        module = self._model.get_submodule(placement.module)
+        if not _is_linear(module) or placement.parameter not in ("weight", PACKED, "bias"):
+            return getattr(module, placement.parameter).detach()[slices(placement.target)]
+        if placement.parameter == "bias":
+            return _linear_bias(module)[slices(placement.target)]
+        if self._last[0] != placement.module:
+            # One at a time: decoded, it is four times the size of the packed weight.
+            self._last = (placement.module, None)
+            self._last = (placement.module, _linear_weight(module))
+        weight = self._last[1]
+        assert weight is not None
+        return weight[slices(placement.target, widen=1 + (placement.parameter == PACKED))]
+
+
+def is_compared(placement: Placement) -> bool:
+    """Whether a placement holds values of its own to compare: not a constant, and not the scales, which codes imply."""
+    return bool(placement.source) and placement.parameter not in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE)
 
 
 def kernel_name(worker: Any) -> str:
@@ -249,17 +253,21 @@ def _tied_parameters(model: nn.Module) -> set[tuple[str, str]]:
 
 
 class _CopyWatcher(TorchDispatchMode):
-    """Notes (target, source) of every copy made while it is active."""
+    """Notes what is written while it is active: (target, source) of copies, (target, constant), (target, None) else."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.copies: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self.writes: list[tuple[torch.Tensor, torch.Tensor | float | None]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.copy_.default:
-            self.copies.append((args[0], args[1]))
+            self.writes.append((args[0], args[1]))
         elif func is torch.ops.aten.fill_.Scalar:
-            self.copies.append((args[0], None))
+            self.writes.append((args[0], float(args[1])))
+        elif func is torch.ops.aten.zero_.default:
+            self.writes.append((args[0], 0.0))
+        elif func._schema.is_mutable and args and isinstance(args[0], torch.Tensor):
+            self.writes.append((args[0], None))
         return func(*args, **(kwargs or {}))
 
 
@@ -269,6 +277,7 @@ def _watch_loading(
     layout: Sequence[TensorLayout],
 ) -> list[Placement]:
     placements: list[Placement] = []
+    changed: set[str] = set()
     # Kept alive, so that a storage tells which tensor it is of.
     tensors = [(item.name, torch.empty(item.shape, dtype=item.dtype, device="meta")) for item in layout]
     name_of = {_storage(tensor): name for name, tensor in tensors}
@@ -280,9 +289,12 @@ def _watch_loading(
             kwargs = {name: stand_in if arg is tensor else arg for name, arg in kwargs.items()}
             with _CopyWatcher() as watcher:
                 result = loader(*args, **kwargs)
-            for target, source in watcher.copies:
+            for target, source in watcher.writes:
                 if _storage(target) == _storage(stand_in):
                     placements.append(_placement(key, stand_in, target, source, name_of, current[0]))
+                elif _storage(target) in name_of:
+                    # The loader works on the pushed tensor itself before it copies.
+                    changed.add(name_of[_storage(target)])
             return result
 
         return load
@@ -300,26 +312,29 @@ def _watch_loading(
     except Exception as error:
         item = next((item for item in layout if item.name == current[0]), current[0])
         raise ValueError(
-            f"The engine cannot take {item}: {type(error).__name__} {error}. It runs another model or another "
-            "quantization than the trainer. Nothing was sent."
+            f"The engine cannot take {item}: {type(error).__name__} {error}. Either it runs another model or another "
+            f"quantization than the trainer, or vLLM's loader of {type(model).__name__} takes no packed tensors for "
+            "this layer: then add the layer to `exclude`. Nothing was sent."
         ) from error
     finally:
         for tensor, _, loader in loaders.values():
             tensor.weight_loader = loader  # type: ignore[attr-defined]
-    return placements
+    return [
+        replace(placement, is_plain=False) if placement.tensor in changed else placement for placement in placements
+    ]
 
 
 def _placement(
     key: tuple[str, str],
     parameter: torch.Tensor,
     target: torch.Tensor,
-    source: torch.Tensor | None,
+    source: torch.Tensor | float | None,
     name_of: dict[int, str],
     current: str,
 ) -> Placement:
-    if source is None:
-        # Filled with a constant: the rows of an embedding beyond the vocabulary.
-        return Placement(current, *key, _region(parameter, target), ())
+    if not isinstance(source, torch.Tensor):
+        # A constant: zeros in the rows of an embedding beyond the vocabulary. Anything else is not repeated here.
+        return Placement(current, *key, _region(parameter, target), (), is_plain=source == 0.0)
     is_own = _storage(source) in name_of
     name = name_of.get(_storage(source), current)
     if source.dtype != target.dtype and not (source.dtype.itemsize > 1 and target.dtype.itemsize > 1):
@@ -357,7 +372,9 @@ def _check_tiling(
     filled: dict[tuple[str, str], dict[Region, str]] = {}
     for placement in placements:
         regions = filled.setdefault((placement.module, placement.parameter), {})
-        other = regions.setdefault(placement.target, placement.tensor)
+        overlapping = (name for region, name in regions.items() if _overlap(region, placement.target))
+        other = next(overlapping, placement.tensor)
+        regions.setdefault(placement.target, placement.tensor)
         if other != placement.tensor:
             raise ValueError(
                 f"Each part of an engine parameter is filled by one tensor; {other} and {placement.tensor} both fill "
@@ -386,6 +403,10 @@ def _check_tiling(
                 f"Every part of the engine's weights must be pushed; {module}.{parameter} {list(shape)} gets "
                 f"{num_filled} of {shape.numel()} elements, from {_listed(came) or 'no tensor'}. Nothing was sent."
             )
+
+
+def _overlap(one: Region, other: Region) -> bool:
+    return all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 def _listed(names: list[str], limit: int = 5) -> str:

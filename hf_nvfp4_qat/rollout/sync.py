@@ -18,7 +18,15 @@ from torch import nn
 from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-from hf_nvfp4_qat.rollout.engine import Placement, Replay, load_tensors, place_tensors, read_weights, slices
+from hf_nvfp4_qat.rollout.engine import (
+    EngineReader,
+    Placement,
+    Replay,
+    is_compared,
+    load_tensors,
+    place_tensors,
+    slices,
+)
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
 
@@ -57,11 +65,13 @@ class EngineCheck:
 
     Attributes:
         num_weights: values compared.
-        different: checkpoint name to number of values that differ, for tensors with differences.
+        different: checkpoint name to number of values that differ or are missing, for tensors with such.
+        not_compared: tensors that vLLM rearranges while it loads them, so that nothing is known of where values go.
     """
 
     num_weights: int
     different: dict[str, int]
+    not_compared: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -116,31 +126,48 @@ def sync(
 def check(engine: Any, model: nn.Module) -> EngineCheck:
     """Compare the engine's weights, as its GEMMs compute with them, with the trainer's dequantized ones, bit for bit.
 
+    What is not quantized is compared after its rounding to bfloat16, in which the engine computes.
+
     Args, Raises: as ``sync``; if sharded, every process calls.
     """
     worker = worker_of(engine)
     stream = RolloutStream(model)
-    read = read_weights(worker, _plan(worker, stream).placements)
-    pending: dict[str, list[tuple[Placement, torch.Tensor]]] = {}
+    plan = _plan(worker, stream)
+    reader = EngineReader(worker)
+    is_whole = worker.parallel_config.tensor_parallel_size == 1
     different: dict[str, int] = {}
+    not_compared = []
     num_weights = 0
     for source, weight in stream.weights():
-        # The engine is read module by module, in its own order; the model in the order of the push.
-        key = f"{layer_of(source.name)}.{PACKED}" if source.is_quantized else source.name
-        while key not in pending:
-            placement, found = next(read, (None, None))
-            if placement is None or found is None:
-                break
-            pending.setdefault(placement.tensor, []).append((placement, found))
+        name = f"{layer_of(source.name)}.{PACKED}" if source.is_quantized else source.name
+        placements = [placement for placement in plan.by_tensor.get(name, ()) if is_compared(placement)]
+        if not all(placement.is_plain for placement in placements):
+            not_compared.append(source.name)
+            continue
         if source.global_decode_scale is not None:
             weight = fake_quantize_unchecked(weight, source.global_decode_scale())
-        weight = weight.to(source.dtype) if not source.is_quantized else weight
-        for placement, found in pending.pop(key, []):
-            expected = weight[slices(placement.source, widen=1 + source.is_quantized)].to(found.dtype)
-            num_weights += found.numel()
-            if count := int((found != expected.to(found.device)).sum()):
-                different[source.name] = different.get(source.name, 0) + count
-    return EngineCheck(num_weights, different)
+        weight = weight.to(source.dtype)
+        num_found = num_different = 0
+        for placement in placements:
+            found = reader.read(placement)
+            expected = weight[slices(placement.source, widen=1 + source.is_quantized)].to(found.device, found.dtype)
+            num_different += int((found.view(expected.shape) != expected).sum())
+            num_found += found.numel()
+        if is_whole:
+            num_different += weight.numel() - num_found
+        if num_different:
+            different[source.name] = num_different
+        num_weights += num_found
+    return EngineCheck(num_weights, different, tuple(not_compared))
+
+
+def prepare(engine: Any, model: nn.Module) -> None:
+    """Work out where the model's tensors go in the engine, and check that they fit, before anything is trained.
+
+    Raises:
+        ValueError: as ``sync``.
+    """
+    _plan(worker_of(engine), RolloutStream(model))
 
 
 def worker_of(engine: Any) -> Any:
@@ -182,9 +209,17 @@ class _EnginePlan:
     """What was worked out for one engine and one layout: where tensors go, and how the next push gets there."""
 
     def __init__(self, worker: Any, layout: Sequence[TensorLayout]) -> None:
+        if worker.model_config.dtype != torch.bfloat16:
+            raise ValueError(
+                f"Decoded NVFP4 weights are exact in bfloat16; the engine computes in {worker.model_config.dtype}. "
+                'Make it with dtype="bfloat16".'
+            )
         self._worker = worker
         self.layout = tuple(layout)
         self.placements = place_tensors(worker, layout)
+        self.by_tensor: dict[str, list[Placement]] = {}
+        for placement in self.placements:
+            self.by_tensor.setdefault(placement.tensor, []).append(placement)
         self._replay: Replay | None = None
 
     def load(self, tensors: Iterator[NamedTensor], layout: Sequence[TensorLayout]) -> None:

@@ -44,7 +44,7 @@ class NVFP4RolloutCallback(TrainerCallback):
 
         Args:
             check_every: pushes between two comparisons of the engine's weights with the trainer's, bit for bit. The
-                first push is always compared; 0 compares no other. Colocate mode only.
+                first two are always compared; 0 compares no other. Colocate mode only.
             quantize_ref_model: compute the KL penalty against the reference model with NVFP4 weights.
             engine_kwargs: more arguments of ``vllm.LLM`` in colocate mode, which TRL has no option for.
 
@@ -52,7 +52,7 @@ class NVFP4RolloutCallback(TrainerCallback):
             ValueError: a negative `check_every`.
         """
         if check_every < 0:
-            raise ValueError(f"`check_every` counts pushes; got {check_every}. 0 checks the first push only.")
+            raise ValueError(f"`check_every` counts pushes; got {check_every}. 0 checks the first two only.")
         self.check_every = check_every
         self.quantize_ref_model = quantize_ref_model
         self.engine_kwargs = dict(engine_kwargs or {})
@@ -70,6 +70,7 @@ class NVFP4RolloutCallback(TrainerCallback):
         model = kwargs["model"]
         trainer = _calling_trainer(model)
         self._trainer = ref(trainer)
+        self.generation, self.num_pushes, self._is_idle = None, 0, False
         if not getattr(args, "use_vllm", False):
             self._is_idle = True
             logger.warning(
@@ -91,7 +92,8 @@ class NVFP4RolloutCallback(TrainerCallback):
 
         def push_and_measure() -> None:
             every = self.check_every
-            generation.check_next = self.num_pushes == 0 or bool(every and self.num_pushes % every == 0)
+            # The second push is the first that repeats recorded copies.
+            generation.check_next = self.num_pushes < 2 or bool(every and self.num_pushes % every == 0)
             push()
             self.num_pushes += 1
             self._log_push()

@@ -12,21 +12,33 @@ wrapped, once; models that no callback has marked pass through untouched. All el
 """
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.utils import broadcast_object_list
 from packaging.version import Version
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_nvfp4_qat.checkpoint.names import quantization_config
 from hf_nvfp4_qat.rollout.engine import kernel_name
 from hf_nvfp4_qat.rollout.server import check_alignment, check_server, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
-from hf_nvfp4_qat.rollout.sync import EngineCheck, SyncReport, check, refuse_to_generate, sync, worker_of
+from hf_nvfp4_qat.rollout.sync import (
+    EngineCheck,
+    SyncReport,
+    allow_to_generate,
+    check,
+    prepare,
+    refuse_to_generate,
+    sync,
+    worker_of,
+)
 from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_version
 from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample
 
@@ -46,6 +58,13 @@ class Rollout(Protocol):
 
 _marked: WeakKeyDictionary[nn.Module, Rollout] = WeakKeyDictionary()
 
+_num_optimizer_steps = [0]
+_optimizer_hook: Any = None
+
+
+def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    _num_optimizer_steps[0] += 1
+
 
 def mark(model: nn.Module, rollout: Rollout) -> None:
     """Have TRL roll out on the packed weights of `model`, from the moment it builds an engine for it.
@@ -54,6 +73,9 @@ def mark(model: nn.Module, rollout: Rollout) -> None:
         ValueError: a TRL version without the seam this needs.
     """
     _wrap_engine_construction()
+    global _optimizer_hook
+    if _optimizer_hook is None:
+        _optimizer_hook = register_optimizer_step_post_hook(_count_optimizer_step)
     _marked[model] = rollout
 
 
@@ -98,10 +120,16 @@ class NVFP4Generation:
         self.last_report: SyncReport | None = None
         self.last_check: EngineCheck | None = None
         self.check_next = True
-        self._failure: Exception | None = None
         self.kernel = ""
         self.num_packed = 0
-        self._pushed_by_trl = trl_generation.sync_weights
+        self._push_of_trl = trl_generation.sync_weights
+        self._generate_of_trl = trl_generation.generate
+        self._push: Callable[[], None]
+        self._stream: RolloutStream | None = None
+        self._failure: Exception | None = None
+        # Why generation is refused, and the state of the weights that the engine has.
+        self._refusal = "no weights were pushed yet"
+        self._pushed_state: tuple[int, list[tuple[int, int, int]]] = (-1, [])
 
     def build(self, original: Any) -> None:
         """Build TRL's engine or connect to its server, the NVFP4 way.
@@ -127,11 +155,27 @@ class NVFP4Generation:
         else:
             with _engine_arguments(config, self.engine_kwargs):
                 original()
-            self.kernel = kernel_name(worker_of(self.trl.llm))
-            if not self.kernel:
-                raise ValueError("The engine runs no layer in NVFP4; vLLM ignored the configuration of the rollouts.")
-            refuse_to_generate(self.trl.llm, "no weights were pushed yet, it holds random ones")
-            self.trl.sync_weights = self._sync_colocated
+            self._take_over_engine()
+        self.trl.sync_weights = self._push_and_remember
+        self.trl.generate = self._generate
+
+    def _take_over_engine(self) -> None:
+        llm = self.trl.llm
+        worker = worker_of(llm)
+        served = type(worker.model_runner.get_model()).__name__
+        if served.startswith("Transformers"):
+            raise ValueError(
+                f"vLLM has no implementation of its own for this model and runs it through {served}, which changes the "
+                "class of the model in training too, in the same process. Use server mode."
+            )
+        self.kernel = kernel_name(worker)
+        if not self.kernel:
+            raise ValueError("The engine runs no layer in NVFP4; vLLM ignored the configuration of the rollouts.")
+        refuse_to_generate(llm, self._refusal)
+        if not self.trl.enable_sleep_mode:
+            # While nothing is lost yet. A sleeping engine has no weights to look at before the first push.
+            prepare(llm, self.trl.model)
+        self._push = self._push_into_engine
 
     def _connect(self, original: Any, stream: RolloutStream, config: dict[str, Any]) -> None:
         trl = self.trl
@@ -144,26 +188,52 @@ class NVFP4Generation:
         with with_start_command(command):
             original()
         self.kernel = "in the server"
-        trl._weight_metadata = [
-            (item.name, str(item.dtype).removeprefix("torch."), list(item.shape)) for item in stream.layout
-        ]
+        trl._weight_metadata = _metadata(stream)
         trl._iter_named_params = self._tensors_for_server
-        trl.sync_weights = self._sync_server
+        self._push = self._push_to_server
 
-    def _sync_colocated(self) -> None:
-        """Replaces TRL's ``sync_weights``: wake the weights, push, and prove the first push and every few more."""
+    def _push_and_remember(self) -> None:
+        """Replaces TRL's ``sync_weights``. Generation is refused until it has succeeded."""
+        self._refusal = "its last weight push failed"
+        self.sample.start()
+        state = weights_state(self.trl.model)
+        self._push()
+        self._pushed_state = state
+        self._refusal = ""
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Replaces TRL's ``generate``, with the weights of this moment.
+
+        TRL pushes when its step counter moves. Weights also move without: a second ``train()``, a checkpoint loaded
+        between two evaluations, an average swapped in.
+        """
+        if not self._refusal and weights_state(self.trl.model) != self._pushed_state:
+            self.trl.sync_weights()
+        if self._refusal and not (self.trl.mode == "colocate" and getattr(self.trl, "_llm_weights_sleeping", False)):
+            raise RuntimeError(f"vLLM must not generate: {self._refusal}.")
+        try:
+            return self._generate_of_trl(*args, **kwargs)
+        finally:
+            if self.trl.mode == "colocate" and self.trl.enable_sleep_mode:
+                refuse_to_generate(self.trl.llm, "sleep mode discarded its weights")
+
+    def _push_into_engine(self) -> None:
+        """Wake the weights, push, and prove the first pushes and every few more."""
         trl = self.trl
         if trl.enable_sleep_mode:
             from trl.generation.vllm_generation import empty_cache
 
+            refuse_to_generate(trl.llm, "sleep mode discarded its weights")
             empty_cache()
             trl.llm.wake_up(tags=["weights"])
         self.last_report = sync(trl.llm, trl.model, observe=self.sample.observe)
-        trl._llm_weights_sleeping = False
         if self.check_next:
+            refuse_to_generate(trl.llm, "its weights were not compared with the trainer's yet")
             self.last_check = check(trl.llm, trl.model)
             if not self.last_check.ok:
                 self._refuse_different(self.last_check)
+            allow_to_generate(trl.llm)
+        trl._llm_weights_sleeping = False
 
     def _refuse_different(self, found: EngineCheck) -> None:
         name, count = next(iter(found.different.items()))
@@ -171,28 +241,36 @@ class NVFP4Generation:
             f"it does not compute with the weights in training: {len(found.different)} of them differ, the first is "
             f"{name} with {count} values"
         )
+        self._refusal = reason
         refuse_to_generate(self.trl.llm, reason)
         raise RuntimeError(f"vLLM took the push, but {reason} (kernel {self.kernel}, vLLM {vllm_version()}).")
 
-    def _sync_server(self) -> None:
-        import time
-
+    def _push_to_server(self) -> None:
         start = time.perf_counter()
+        # Here, and not in the generator: the server would wait for ever for tensors that an error keeps back.
+        stream = self._stream = RolloutStream(self.trl.model)
+        if _metadata(stream) != self.trl._weight_metadata:
+            raise ValueError(
+                "The model's tensors changed since the server was told of them. Restart trainer and server."
+            )
         self._failure = None
-        self._pushed_by_trl()
-        if self._failure is not None:
-            self.trl.generate = self._refuse
+        try:
+            self._push_of_trl()
+        except Exception as error:
+            self._failure = error
+        (failure,) = broadcast_object_list([self._failure and f"{type(self._failure).__name__}: {self._failure}"])
+        if failure:
+            self._refusal = f"the last push of weights to the server failed half-way ({failure})"
             raise RuntimeError(
-                f"The push of weights to the server failed half-way: {self._failure} The server holds some new weights "
-                "and zeros, and is not asked to generate."
+                f"The push of weights to the server failed half-way: {failure} The server holds some new weights, "
+                "and is not asked to generate until a push succeeds."
             ) from self._failure
-        vars(self.trl).pop("generate", None)
         self.last_report = SyncReport(
             seconds=time.perf_counter() - start,
-            num_bytes=self._stream.num_bytes,
-            num_bf16_bytes=self._stream.num_bf16_bytes,
-            num_packed=self._stream.num_packed,
-            num_tensors=len(self._stream.layout),
+            num_bytes=stream.num_bytes,
+            num_bf16_bytes=stream.num_bf16_bytes,
+            num_packed=stream.num_packed,
+            num_tensors=len(stream.layout),
         )
 
     def _tensors_for_server(self) -> Iterator[NamedTensor]:
@@ -201,12 +279,8 @@ class NVFP4Generation:
         The server waits for everything that was announced, and the trainer for the server. So after an error the rest
         is sent as zeros, and the error is raised when the transfer is over.
         """
-        stream = self._stream = RolloutStream(self.trl.model)
-        announced = [(item.name, str(item.dtype).removeprefix("torch."), list(item.shape)) for item in stream.layout]
-        if announced != self.trl._weight_metadata:
-            raise ValueError(
-                "The model's tensors changed since the server was told of them. Restart trainer and server."
-            )
+        stream = self._stream
+        assert stream is not None
         num_sent = 0
         try:
             for name, tensor in stream.tensors(self.sample.observe):
@@ -218,8 +292,22 @@ class NVFP4Generation:
             for item in stream.layout[num_sent:]:
                 yield item.name, torch.zeros(item.shape, dtype=item.dtype, device=self.trl.accelerator.device)
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(f"The server must not generate: its last weight push failed half-way ({self._failure}).")
+
+def weights_state(model: nn.Module) -> tuple[int, list[tuple[int, int, int]]]:
+    """What changes when a weight is written or replaced.
+
+    Identity, address and version counter of every tensor, and the number of optimizer steps taken in this process:
+    fused optimizers write without counting.
+    """
+    tensors = (getattr(tensor, "_local_tensor", tensor) for tensor in (*model.parameters(), *model.buffers()))
+    # Global scales are refreshed by every push, and follow from the weights.
+    versions = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors if tensor.numel() > 1]
+    return _num_optimizer_steps[0], versions
+
+
+def _metadata(stream: RolloutStream) -> list[tuple[str, str, list[int]]]:
+    """As TRL announces tensors to a server."""
+    return [(item.name, str(item.dtype).removeprefix("torch."), list(item.shape)) for item in stream.layout]
 
 
 @contextmanager

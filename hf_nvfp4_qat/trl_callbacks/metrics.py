@@ -27,6 +27,10 @@ class WeightSample:
         self._codes_before: torch.Tensor | None = None
         self._names_before: list[str] = []
 
+    def start(self) -> None:
+        """Forget what was taken of a push that did not end."""
+        self._names, self._masters, self._codes, self._block_scales, self._global_scales = [], [], [], [], []
+
     def observe(self, name: str, weight: torch.Tensor, packed: NVFP4Tensor) -> None:
         """Take the sampled rows of one weight; no device synchronization.
 
@@ -72,7 +76,7 @@ class WeightSample:
         if num_flips:
             metrics["code_flips"] = num_flips[0] / (2 * codes.numel())
         self._codes_before, self._names_before = codes, self._names
-        self._names, self._masters, self._codes, self._block_scales, self._global_scales = [], [], [], [], []
+        self.start()
         return metrics
 
 

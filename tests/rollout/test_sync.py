@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import SMALL_ENGINE, load_qat, take_step, tiny_llama, tiny_qwen3
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4
 from hf_nvfp4_qat.checkpoint.names import quantization_config
@@ -194,6 +194,36 @@ def test_biases_arrive(tmp_path):
     with torch.no_grad():
         model.model.layers[0].self_attn.v_proj.bias.add_(1)
     assert check(engine, model).different == {"model.layers.0.self_attn.v_proj.bias": 64}
+
+
+def test_matrices_that_are_fused_on_disk_arrive_and_are_compared_whole(tmp_path):
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = load_qat(save(Phi3ForCausalLM(config), tmp_path))
+    engine = empty_engine(tmp_path, model)
+    for _ in range(3):
+        train_a_little(model)
+        sync(engine, model)
+        found = check(engine, model)
+        assert found.ok and not found.not_compared, found
+        assert found.num_weights == sum(parameter.numel() for parameter in model.parameters())
+    with torch.no_grad():
+        for part in (model.model.layers[0].self_attn.qkv_proj, model.model.layers[1].mlp.gate_up_proj):
+            part.weight[-1] = part.weight[0]  # the last rows are of v and of up
+    assert check(engine, model).different.keys() == {
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "model.layers.1.mlp.gate_up_proj.weight",
+    }
+
+
+def test_an_engine_in_another_dtype_is_refused(folder, model):
+    overrides = {"quantization_config": quantization_config(RolloutStream(model).ignored_layers)}
+    engine = make_engine(folder, load_format=register_empty_loader(), dtype="float16", hf_overrides=overrides)
+    with pytest.raises(ValueError, match="computes in torch.float16"):
+        sync(engine, model)
 
 
 def test_layers_left_in_bfloat16_arrive(folder):

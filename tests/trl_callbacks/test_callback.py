@@ -220,6 +220,45 @@ def test_training_resumes_from_a_checkpoint(folder, tmp_path):
     assert callback.generation.last_check.ok
 
 
+def test_a_second_call_of_train_rolls_out_on_the_weights_of_that_moment(folder, tmp_path):
+    """TRL's step counter is back at 0 then, where it was at its last push."""
+    model = load_qat(folder)
+    callback = rollouts()
+    trainer = make_trainer(model, folder, tmp_path, [callback], max_steps=1, learning_rate=1e-2)
+    trainer.train()
+    states = []
+    generate = callback.generation._generate_of_trl
+    callback.generation._generate_of_trl = lambda *args, **kwargs: (
+        states.append(sync_module.check(trainer.vllm_generation.llm, model).ok),
+        generate(*args, **kwargs),
+    )[1]
+    trainer.train()
+    assert states == [True]
+
+
+def test_weights_written_between_two_evaluations_are_rolled_out(folder, tmp_path):
+    model = load_qat(folder)
+    trainer = make_trainer(model, folder, tmp_path, [rollouts()], max_steps=1, per_device_eval_batch_size=4)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": ["hello"] * 4})
+    trainer.train()
+    trainer.evaluate()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.7)
+    trainer.evaluate()
+    assert sync_module.check(trainer.vllm_generation.llm, model).ok
+    assert trainer.state.log_history[-1]["eval_nvfp4/mismatch_kl"] < 1e-3
+
+
+def test_a_callback_can_serve_one_trainer_after_the_other(folder, tmp_path):
+    callback = rollouts(check_every=0)
+    make_trainer(load_qat(folder), folder, tmp_path, [callback], use_vllm=False)
+    for _ in range(2):
+        trainer = make_trainer(load_qat(folder), folder, tmp_path, [callback], max_steps=1)
+        trainer.train()
+        assert callback.generation.trl is trainer.vllm_generation
+        assert callback.generation.last_check.ok
+
+
 def test_rloo_rolls_out_on_packed_weights_too(folder, tmp_path):
     from trl import RLOOConfig, RLOOTrainer
 

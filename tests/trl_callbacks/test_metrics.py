@@ -66,6 +66,17 @@ def test_metrics_of_several_weights_are_of_all_of_them_together():
     assert sample.metrics()["weight_error"] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_push_that_did_not_end_leaves_nothing_behind():
+    weight = torch.randn(8, 32)
+    sample = WeightSample()
+    sample.observe("a", weight, quantize_nvfp4(weight))
+    sample.metrics()
+    sample.observe("a", weight, quantize_nvfp4(weight))
+    sample.start()
+    sample.observe("a", weight, quantize_nvfp4(weight))
+    assert sample.metrics()["code_flips"] == 0
+
+
 def test_metrics_without_a_push_are_empty():
     assert WeightSample().metrics() == {}
 

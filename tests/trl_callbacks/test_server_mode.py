@@ -105,13 +105,39 @@ def test_after_a_failure_half_way_the_transfer_ends_and_the_server_is_not_asked(
         return pack(*args)
 
     monkeypatch.setattr(stream_module, "quantize_unchecked", failing)
-    with pytest.raises(RuntimeError, match="failed half-way: out of memory"):
+    with pytest.raises(RuntimeError, match="failed half-way: OSError: out of memory"):
         trainer.train()
     assert ServerStandIn.num_pushes == 1
     with pytest.raises(RuntimeError, match="must not generate"):
         trainer.vllm_generation.generate([[1, 2]], None, 1)
     trainer.vllm_generation.sync_weights()
     trainer.vllm_generation.generate([[1, 2]], None, 1)
+
+
+def test_after_an_error_of_the_transfer_the_server_is_not_asked(folder, tmp_path, server, monkeypatch):  # noqa: F811
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **server)
+
+    def broken(self, metadata, named_params):
+        raise ConnectionResetError("peer is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerStandIn, "update_named_params", broken)
+        with pytest.raises(RuntimeError, match="failed half-way: ConnectionResetError: peer is gone"):
+            trainer.train()
+    with pytest.raises(RuntimeError, match="must not generate.*peer is gone"):
+        trainer.vllm_generation.generate([[1, 2]], None, 1)
+    trainer.vllm_generation.sync_weights()
+    trainer.vllm_generation.generate([[1, 2]], None, 1)
+
+
+def test_weights_that_diverge_are_refused_before_the_server_waits_for_them(folder, tmp_path, server):  # noqa: F811
+    model = load_qat(folder)
+    trainer = make_trainer(model, folder, tmp_path, [rollouts()], **server)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"down_proj\.weight.*diverged"):
+        trainer.train()
+    assert ServerStandIn.num_pushes == 0
 
 
 def test_a_missing_server_is_an_error_with_the_start_command(folder, tmp_path):  # noqa: F811
