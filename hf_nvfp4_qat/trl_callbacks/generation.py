@@ -135,17 +135,17 @@ class NVFP4Generation:
         """Build TRL's engine or connect to its server, the NVFP4 way.
 
         Raises:
-            ValueError: FSDP1, ZeRO-3, a server without NVFP4 or with another model, an engine without NVFP4.
+            ValueError: FSDP1, ZeRO, a server without NVFP4 or with another model, an engine without NVFP4.
         """
         vllm_version()
         if self.trl._dist.fsdp_version == 1:
             raise ValueError(
                 "NVFP4 rollouts need FSDP2: TRL loses track of the root of an FSDP1 model. Set fsdp_version: 2."
             )
-        if self.trl._dist.is_zero3:
+        if self.trl._dist.zero_stage:
             raise ValueError(
-                "NVFP4 QAT does not work with DeepSpeed ZeRO-3 yet: weights are empty between forwards, and their "
-                "global scales cannot be refreshed. Use FSDP2, or plain data parallelism."
+                "NVFP4 QAT does not work with DeepSpeed ZeRO yet: it writes weights in ways that leave their global "
+                f"scales behind; got stage {self.trl._dist.zero_stage}. Use FSDP2, or plain data parallelism."
             )
         stream = RolloutStream(self.trl.model)
         self.num_packed = stream.num_packed
@@ -232,6 +232,13 @@ class NVFP4Generation:
             self.last_check = check(trl.llm, trl.model)
             if not self.last_check.ok:
                 self._refuse_different(self.last_check)
+            if skipped := self.last_check.not_compared:
+                logger.warning(
+                    "%d weights could not be compared with the engine's, since vLLM rearranges them while it loads "
+                    "them; the first is %s.",
+                    len(skipped),
+                    skipped[0],
+                )
             allow_to_generate(trl.llm)
         trl._llm_weights_sleeping = False
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import SMALL_ENGINE, load_qat, take_step, tiny_llama, tiny_qwen3
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4
 from hf_nvfp4_qat.checkpoint.names import quantization_config
@@ -217,6 +217,31 @@ def test_matrices_that_are_fused_on_disk_arrive_and_are_compared_whole(tmp_path)
         "model.layers.0.self_attn.qkv_proj.weight",
         "model.layers.1.mlp.gate_up_proj.weight",
     }
+
+
+def test_what_vllm_rearranges_arrives_and_is_reported_as_not_compared(tmp_path):
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    path = save(GPTNeoXForCausalLM(config), tmp_path)
+    model = load_qat(path, NVFP4QATConfig(exclude=["query_key_value"]))
+    engine = empty_engine(path, model)
+    for _ in range(2):
+        train_a_little(model)
+        sync(engine, model)
+    found = check(engine, model)
+    assert found.ok
+    assert set(found.not_compared) == {
+        f"gpt_neox.layers.{i}.attention.query_key_value.{name}" for i in range(2) for name in ("weight", "bias")
+    }
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([PROMPTS[0]], device=model.device)).logits[0, -1].log_softmax(-1)
+    token, logprob = (output[0] for output in generate(engine)[0])
+    assert logprob == pytest.approx(expected[token].item(), abs=0.05)
+    with pytest.raises(ValueError, match="query_key_value.*add the layer to `exclude`"):
+        sync(engine, load_qat(path))
 
 
 def test_an_engine_in_another_dtype_is_refused(folder, model):

@@ -9,7 +9,14 @@ import torch
 from conftest import SMALL_ENGINE, load_qat, tiny_qwen3
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    set_seed,
+)
 
 from hf_nvfp4_qat import NVFP4RolloutCallback, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.modules.linear import QATLinear
@@ -370,6 +377,32 @@ def test_weights_that_diverge_stop_training_before_anything_is_sent(folder, tmp_
         model.model.layers[0].mlp.down_proj.weight[3, 3] = float("inf")
     with pytest.raises(ValueError, match=r"down_proj\.weight.*diverged"):
         trainer.train()
+
+
+def test_a_model_that_vllm_has_no_implementation_of_is_refused(folder, tmp_path):
+    config = Olmo2Config(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, pad_token_id=257, eos_token_id=256,
+    )  # fmt: skip
+    Olmo2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "olmo2")
+    byte_tokenizer().save_pretrained(tmp_path / "olmo2")
+    with pytest.raises(ValueError, match="no implementation of its own.*TransformersForCausalLM.*server mode"):
+        make_trainer(load_qat(tmp_path / "olmo2"), folder, tmp_path, [rollouts()])
+
+
+@pytest.mark.parametrize(("backend", "message"), [({"fsdp_version": 1}, "FSDP2"), ({"zero_stage": 2}, "ZeRO yet")])
+def test_sharding_that_leaves_scales_behind_is_refused(folder, tmp_path, monkeypatch, backend, message):
+    from trl.distributed import DistributedBackend
+
+    detect = DistributedBackend.__init__
+
+    def detected(self, accelerator):
+        detect(self, accelerator)
+        vars(self).update(backend)
+
+    monkeypatch.setattr(DistributedBackend, "__init__", detected)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(load_qat(folder), folder, tmp_path, [rollouts()])
 
 
 def test_a_callback_added_after_the_trainer_is_an_error(folder, tmp_path):
