@@ -42,7 +42,7 @@ def make_engine(folder: str, memory_share: float, **kwargs):
     from vllm import LLM
 
     return LLM(
-        model=folder, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512,
+        model=folder, skip_tokenizer_init=True, max_model_len=512,
         gpu_memory_utilization=memory_share, distributed_executor_backend="uni", max_num_seqs=256, **kwargs,
     )  # fmt: skip
 
@@ -82,11 +82,9 @@ def decode_throughput(engine, batches: list[int], num_in: int = 128, num_out: in
 def measure(engine_kind: str, options: argparse.Namespace) -> dict:
     """All numbers of one engine, beside a model in training on the same GPU."""
     from hf_nvfp4_qat import prepare_qat
-    from hf_nvfp4_qat.checkpoint.names import quantization_config
     from hf_nvfp4_qat.rollout.engine import kernel_name
     from hf_nvfp4_qat.rollout.stream import RolloutStream
-    from hf_nvfp4_qat.rollout.sync import check, sync, worker_of
-    from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader
+    from hf_nvfp4_qat.rollout.sync import check, engine_arguments, sync, worker_of
 
     model = make_model(options.layers)
     if engine_kind == "nvfp4":
@@ -94,11 +92,8 @@ def measure(engine_kind: str, options: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        overrides = {"load_format": "dummy"}
-        if engine_kind == "nvfp4":
-            config = quantization_config(RolloutStream(model).ignored_layers)
-            overrides = {"hf_overrides": {"quantization_config": config}, "load_format": register_empty_loader()}
-        engine = make_engine(folder, options.memory_share, **overrides)
+        arguments = engine_arguments(model) if engine_kind == "nvfp4" else {"load_format": "dummy", "dtype": "bfloat16"}
+        engine = make_engine(folder, options.memory_share, **arguments)
     worker = worker_of(engine)
     result: dict = {"weights_gib": worker.model_runner.model_memory_usage / GIB}
     if engine_kind == "nvfp4":

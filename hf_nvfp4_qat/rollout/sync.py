@@ -1,5 +1,7 @@
 """Push a model's packed weights into a vLLM engine of this process, and prove that they arrived.
 
+    LLM(name, **engine_arguments(model))    an engine that waits for its first push
+
     sync(engine, model)     every weight, every time; the engine then computes with exactly the weights in training
     check(engine, model)    read the engine's weights back through its own GEMMs and compare them bit for bit
 
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of
+from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of, quantization_config
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import (
@@ -28,7 +30,7 @@ from hf_nvfp4_qat.rollout.engine import (
     slices,
 )
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
-from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
+from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_version
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,20 @@ def check(engine: Any, model: nn.Module) -> EngineCheck:
             different[source.name] = num_different
         num_weights += num_found
     return EngineCheck(num_weights, different, tuple(not_compared))
+
+
+def engine_arguments(model: nn.Module) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` for an engine that is to be filled by ``sync``.
+
+    ``LLM("path/or/id", **engine_arguments(model))`` reads the unquantized model's config and tokenizer, and no weights.
+    Set VLLM_ENABLE_V1_MULTIPROCESSING=0 first, so that the engine lives in this process.
+    """
+    return {
+        "hf_overrides": {"quantization_config": quantization_config(RolloutStream(model).ignored_layers)},
+        "load_format": register_empty_loader(),
+        # What weights decode to, exactly.
+        "dtype": "bfloat16",
+    }
 
 
 def prepare(engine: Any, model: nn.Module) -> None:

@@ -34,12 +34,13 @@ from hf_nvfp4_qat.rollout.sync import (
     SyncReport,
     allow_to_generate,
     check,
+    engine_arguments,
     prepare,
     refuse_to_generate,
     sync,
     worker_of,
 )
-from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_version
+from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
 from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample
 
 logger = logging.getLogger(__name__)
@@ -149,11 +150,10 @@ class NVFP4Generation:
             )
         stream = RolloutStream(self.trl.model)
         self.num_packed = stream.num_packed
-        config = quantization_config(stream.ignored_layers)
         if self.trl.mode == "server":
-            self._connect(original, stream, config)
+            self._connect(original, stream)
         else:
-            with _engine_arguments(config, self.engine_kwargs):
+            with _engine_made_with(self.engine_kwargs, engine_arguments(self.trl.model)):
                 original()
             self._take_over_engine()
         self.trl.sync_weights = self._push_and_remember
@@ -177,8 +177,9 @@ class NVFP4Generation:
             prepare(llm, self.trl.model)
         self._push = self._push_into_engine
 
-    def _connect(self, original: Any, stream: RolloutStream, config: dict[str, Any]) -> None:
+    def _connect(self, original: Any, stream: RolloutStream) -> None:
         trl = self.trl
+        config = quantization_config(stream.ignored_layers)
         base_url = trl.server_base_url or f"http://{trl.server_host}:{trl.server_port}"
         command = start_command(trl.model.name_or_path, config, base_url)
         check_alignment(stream.layout)
@@ -318,18 +319,15 @@ def _metadata(stream: RolloutStream) -> list[tuple[str, str, list[int]]]:
 
 
 @contextmanager
-def _engine_arguments(config: dict[str, Any], engine_kwargs: dict[str, Any]) -> Iterator[None]:
+def _engine_made_with(given: dict[str, Any], required: dict[str, Any]) -> Iterator[None]:
     """Add what TRL has no argument for to the engine that it builds in this context."""
     from trl.generation import vllm_generation
 
     original = vllm_generation.LLM
 
     def make_engine(*args: Any, **kwargs: Any) -> Any:
-        given = {**kwargs, **engine_kwargs}
-        overrides = {**(given.pop("hf_overrides", None) or {}), "quantization_config": config}
-        # No weights are read: the first push comes before the first generation. bfloat16: what weights decode to.
-        given |= {"hf_overrides": overrides, "load_format": register_empty_loader(), "dtype": "bfloat16"}
-        return original(*args, **given)
+        overrides = {**(given.get("hf_overrides") or {}), **required["hf_overrides"]}
+        return original(*args, **{**kwargs, **given, **required, "hf_overrides": overrides})
 
     vllm_generation.LLM = make_engine
     try:

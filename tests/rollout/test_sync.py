@@ -8,12 +8,11 @@ from conftest import SMALL_ENGINE, load_qat, take_step, tiny_llama, tiny_qwen3
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4
-from hf_nvfp4_qat.checkpoint.names import quantization_config
 from hf_nvfp4_qat.rollout import sync as sync_module
 from hf_nvfp4_qat.rollout.engine import kernel_name, place_tensors
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import check, refuse_to_generate, sync, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors, register_empty_loader
+from hf_nvfp4_qat.rollout.sync import check, engine_arguments, refuse_to_generate, sync, worker_of
+from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -48,8 +47,7 @@ def make_engine(path, **kwargs):
 
 def empty_engine(path, model, **kwargs):
     """An engine as TRL's callback builds it: NVFP4 configuration, random weights."""
-    overrides = {"quantization_config": quantization_config(RolloutStream(model).ignored_layers)}
-    return make_engine(path, load_format=register_empty_loader(), dtype="bfloat16", hf_overrides=overrides, **kwargs)
+    return make_engine(path, **{**engine_arguments(model), **kwargs})
 
 
 def generate(engine, num_tokens: int = 12):
@@ -245,8 +243,7 @@ def test_what_vllm_rearranges_arrives_and_is_reported_as_not_compared(tmp_path):
 
 
 def test_an_engine_in_another_dtype_is_refused(folder, model):
-    overrides = {"quantization_config": quantization_config(RolloutStream(model).ignored_layers)}
-    engine = make_engine(folder, load_format=register_empty_loader(), dtype="float16", hf_overrides=overrides)
+    engine = empty_engine(folder, model, dtype="float16")
     with pytest.raises(ValueError, match="computes in torch.float16"):
         sync(engine, model)
 

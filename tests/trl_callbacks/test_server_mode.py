@@ -10,8 +10,7 @@ from trl_callbacks.test_callback import folder, logged, make_trainer, rollouts  
 from hf_nvfp4_qat.checkpoint.names import quantization_config
 from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import check, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader
+from hf_nvfp4_qat.rollout.sync import check, engine_arguments, worker_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -70,9 +69,8 @@ def server(folder, monkeypatch):  # noqa: F811
     config = quantization_config(RolloutStream(model).ignored_layers)
     if ServerStandIn.engine is None:
         ServerStandIn.engine = LLM(
-            str(folder), load_format=register_empty_loader(), dtype="bfloat16", max_model_len=128,
-            hf_overrides={"quantization_config": config}, gpu_memory_utilization=0.2,
-            logprobs_mode="processed_logprobs", distributed_executor_backend="uni", **SMALL_ENGINE,
+            str(folder), max_model_len=128, gpu_memory_utilization=0.2, logprobs_mode="processed_logprobs",
+            distributed_executor_backend="uni", **SMALL_ENGINE, **engine_arguments(model),
         )  # fmt: skip
     monkeypatch.setattr(vllm_generation, "VLLMClient", ServerStandIn)
     monkeypatch.setattr(ServerStandIn, "num_pushes", 0)
