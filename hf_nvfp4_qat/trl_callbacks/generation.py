@@ -5,7 +5,7 @@
     LLM(model.name_or_path, ...)                    the same folder, with the NVFP4 configuration and no weights
     sync_weights, colocate: load_weights(bf16)      one packed push through vLLM's own reload (``rollout.sync``)
     sync_weights, server: a stream of fp32/bf16     the same call, fed by our packed stream
-    generate                                        unchanged; refused while the weights are not the trained ones
+    generate                                        the same, after a push if weights have moved, not after a failure
 
 TRL builds the engine inside the trainer's constructor and hands out no reference, so ``VLLMGeneration._init_vllm`` is
 wrapped, once; models that no callback has marked pass through untouched. All else is replaced on the one instance.
@@ -109,7 +109,7 @@ class NVFP4Generation:
     """One ``VLLMGeneration`` of TRL, made to roll out on packed weights.
 
     Attributes:
-        trl: TRL's object; its ``sync_weights`` and ``_iter_named_params`` are replaced.
+        trl: TRL's object; its ``sync_weights``, ``generate`` and, for a server, ``_iter_named_params`` are replaced.
         last_report, last_check: of the last push; in server mode there is no check.
         sample: weight statistics of the last push.
     """
