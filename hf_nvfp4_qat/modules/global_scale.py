@@ -76,7 +76,7 @@ class GlobalScales:
 
     def _is_seen(self, module: ScaledModule) -> bool:
         weight, version = self._seen.get(module, (_nothing, 0))
-        return weight() is module.weight and version == _version(module.weight)
+        return weight() is module.weight and version == weight_version(module.weight)
 
     @torch.no_grad()
     def _refresh(self, groups: Iterable[str]) -> None:
@@ -98,7 +98,7 @@ class GlobalScales:
             scales = global_decode_scale_of_amax(shared_amax)[index]
             torch._foreach_copy_([module.global_decode_scale for module in modules], list(scales.unbind()))
             for module in modules:
-                self._seen[module] = (ref(module.weight), _version(module.weight))
+                self._seen[module] = (ref(module.weight), weight_version(module.weight))
 
     def _refresh_stepped(self, stepped: set[int]) -> None:
         groups = self._groups.items()
@@ -129,7 +129,8 @@ def _nothing() -> None:
     """Stands in for a dead weak reference."""
 
 
-def _version(weight: Any) -> int:
+def weight_version(weight: Any) -> int:
+    """PyTorch's count of in-place writes to a tensor; inference tensors keep none."""
     return 0 if weight.is_inference() else weight._version
 
 

@@ -8,7 +8,9 @@ own loaders place tensors without data (``place_tensors``): that gives the exact
 pushed tensor fills, under any fusion, renaming and tensor parallelism. The regions must tile the parameters.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +53,9 @@ class Placement:
     source: Region
     is_plain: bool = True
 
-    @property
-    def numel(self) -> int:
-        """Elements copied."""
-        return torch.Size([stop - start for start, stop in self.target]).numel()
+
+def _num_elements(region: Region) -> int:
+    return math.prod(stop - start for start, stop in region)
 
 
 def slices(region: Region, *, widen: int = 1) -> tuple[slice, ...]:
@@ -115,15 +116,13 @@ class Replay:
     written in place.
     """
 
-    def __init__(self, worker: Any, placements: Sequence[Placement]) -> None:
+    def __init__(self, worker: Any, by_tensor: Mapping[str, Sequence[Placement]]) -> None:
         """Plan it; ``is_possible`` says whether it would be the same as vLLM's own loading."""
         self._worker = worker
         self._model = worker.model_runner.get_model()
-        self._by_tensor: dict[str, list[Placement]] = {}
-        self._num_expected: dict[str, int] = {}
-        for placement in placements:
-            self._by_tensor.setdefault(placement.tensor, []).append(placement)
-            self._num_expected[placement.module] = self._num_expected.get(placement.module, 0) + 1
+        self._by_tensor = by_tensor
+        placements = [placement for group in by_tensor.values() for placement in group]
+        self._num_expected = Counter(placement.module for placement in placements)
         self._modules = {path: self._model.get_submodule(path) for path in self._num_expected}
         self._in_place = {path for path, module in self._modules.items() if is_kept_as_loaded(module)}
         self.is_possible = can_replay(worker, self._model) and all(placement.is_plain for placement in placements)
@@ -131,7 +130,7 @@ class Replay:
     def load(self, tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> None:
         """As ``load_tensors``."""
         raw: dict[str, dict[str, torch.Tensor]] = {}
-        num_missing = dict(self._num_expected)
+        num_missing = self._num_expected.copy()
         with current_config(self._worker), stable_addresses(self._model), torch.no_grad():
             try:
                 for name, tensor in _as_announced(tensors, layout):
@@ -367,21 +366,21 @@ def _check_tiling(
     is_whole: bool,
 ) -> None:
     """Every pushed tensor arrives, whole; every element of every engine parameter is filled, by one tensor."""
-    copied = [placement for placement in placements if placement.source]
     sent: dict[str, int] = dict.fromkeys((item.name for item in layout), 0)
     filled: dict[tuple[str, str], dict[Region, str]] = {}
     for placement in placements:
         regions = filled.setdefault((placement.module, placement.parameter), {})
-        overlapping = (name for region, name in regions.items() if _overlap(region, placement.target))
-        other = next(overlapping, placement.tensor)
-        regions.setdefault(placement.target, placement.tensor)
-        if other != placement.tensor:
-            raise ValueError(
-                f"Each part of an engine parameter is filled by one tensor; {other} and {placement.tensor} both fill "
-                f"{placement.module}.{placement.parameter}. Nothing was sent."
-            )
-    for placement in {(p.tensor, p.source): p for p in copied}.values():
-        sent[placement.tensor] = sent.get(placement.tensor, 0) + placement.numel
+        for region, other in regions.items():
+            if other != placement.tensor and _overlap(region, placement.target):
+                raise ValueError(
+                    f"Each part of an engine parameter is filled by one tensor; {other} and {placement.tensor} both "
+                    f"fill {placement.module}.{placement.parameter}. Nothing was sent."
+                )
+        regions[placement.target] = placement.tensor
+    # By source: a loader may copy the same part twice.
+    num_copied = {(copy.tensor, copy.source): _num_elements(copy.target) for copy in placements if copy.source}
+    for (tensor, _), num_elements in num_copied.items():
+        sent[tensor] = sent.get(tensor, 0) + num_elements
     if len(sent) != len(layout):
         raise ValueError("Each tensor is pushed once; some name comes twice. Nothing was sent.")
     if unplaced := [name for name, numel in sent.items() if not numel]:
@@ -396,9 +395,10 @@ def _check_tiling(
                 "It runs another model than the trainer. Nothing was sent."
             )
     for (module, parameter), shape in expected.items():
-        num_filled = sum(Placement("", "", "", region, ()).numel for region in filled.get((module, parameter), {}))
+        regions = filled.get((module, parameter), {})
+        num_filled = sum(map(_num_elements, regions))
         if num_filled != shape.numel():
-            came = sorted(set(filled.get((module, parameter), {}).values()))
+            came = sorted(set(regions.values()))
             raise ValueError(
                 f"Every part of the engine's weights must be pushed; {module}.{parameter} {list(shape)} gets "
                 f"{num_filled} of {shape.numel()} elements, from {_listed(came) or 'no tensor'}. Nothing was sent."

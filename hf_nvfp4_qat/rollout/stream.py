@@ -15,11 +15,12 @@ library may overwrite a training weight while a sender still reads it. A weight 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, layer_of, to_checkpoint
+from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, layer_of, quantization_config, to_checkpoint
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.distributed.gather import full_tensor
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
@@ -42,8 +43,13 @@ class TensorLayout:
         """Bytes on the wire."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
+    @property
+    def dtype_name(self) -> str:
+        """As vLLM and TRL write dtypes: ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
+        return f"{self.name} {self.dtype_name} {list(self.shape)}"
 
 
 class RolloutStream:
@@ -71,11 +77,17 @@ class RolloutStream:
             )
         _check_scales(packed)
         self._groups = _fused_groups(sources)
-        self.layout = tuple(item for group in self._groups for item in _group_layout(group))
+        self._group_layouts = [_group_layout(group) for group in self._groups]
+        self.layout = tuple(item for layout in self._group_layouts for item in layout)
         self.num_packed = len(packed)
         self.num_bytes = sum(item.nbytes for item in self.layout)
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
         self.ignored_layers = ignored_layers(model, sources)
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """What an engine that takes this stream must be configured with."""
+        return quantization_config(self.ignored_layers)
 
     def __iter__(self) -> Iterator[NamedTensor]:
         return self.tensors()
@@ -93,10 +105,10 @@ class RolloutStream:
             fresh: copy pass-through weights that need no conversion. False is for a receiver that has copied
                 everything before the next training step, and saves it a copy of the embedding.
         """
-        for group in self._groups:
+        for group, layout in zip(self._groups, self._group_layouts, strict=True):
             tensors = {}
             for source in group:
-                weight = source.load().detach()
+                weight = source.load()
                 if source.global_decode_scale is None:
                     tensors[source.name] = weight.to(source.dtype, memory_format=torch.contiguous_format, copy=fresh)
                 else:
@@ -104,7 +116,7 @@ class RolloutStream:
                     observe(source.name, weight, packed)
                     tensors |= to_checkpoint(layer_of(source.name), packed)
                 del weight
-            for item in _group_layout(group):
+            for item in layout:
                 # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
                 yield item.name, tensors.pop(item.name)
 
@@ -112,7 +124,7 @@ class RolloutStream:
         """(source, whole master weight), in the same order, unpacked: to compare an engine with."""
         for group in self._groups:
             for source in group:
-                yield source, source.load().detach()
+                yield source, source.load()
 
 
 def _check_scales(packed: list[TensorSource]) -> None:

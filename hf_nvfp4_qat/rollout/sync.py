@@ -8,7 +8,6 @@
 An engine that has not been filled yet, or whose last push failed half-way, refuses to generate.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of, quantization_config
+from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import (
@@ -31,8 +30,6 @@ from hf_nvfp4_qat.rollout.engine import (
 )
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_version
-
-logger = logging.getLogger(__name__)
 
 # Attribute of vLLM's worker.
 _PLAN = "nvfp4_rollout_plan"
@@ -169,21 +166,26 @@ def engine_arguments(model: nn.Module) -> dict[str, Any]:
     ``LLM("path/or/id", **engine_arguments(model))`` reads the unquantized model's config and tokenizer, and no weights.
     Set VLLM_ENABLE_V1_MULTIPROCESSING=0 first, so that the engine lives in this process.
     """
+    return engine_arguments_of(RolloutStream(model))
+
+
+def engine_arguments_of(stream: RolloutStream) -> dict[str, Any]:
+    """``engine_arguments`` of the model that `stream` is of."""
     return {
-        "hf_overrides": {"quantization_config": quantization_config(RolloutStream(model).ignored_layers)},
+        "hf_overrides": {"quantization_config": stream.quantization_config},
         "load_format": register_empty_loader(),
         # What weights decode to, exactly.
         "dtype": "bfloat16",
     }
 
 
-def prepare(engine: Any, model: nn.Module) -> None:
-    """Work out where the model's tensors go in the engine, and check that they fit, before anything is trained.
+def prepare(engine: Any, stream: RolloutStream) -> None:
+    """Work out where the stream's tensors go in the engine, and check that they fit, before anything is trained.
 
     Raises:
         ValueError: as ``sync``.
     """
-    _plan(worker_of(engine), RolloutStream(model))
+    _plan(worker_of(engine), stream)
 
 
 def worker_of(engine: Any) -> Any:
@@ -232,9 +234,8 @@ class _EnginePlan:
             )
         self._worker = worker
         self.layout = tuple(layout)
-        self.placements = place_tensors(worker, layout)
         self.by_tensor: dict[str, list[Placement]] = {}
-        for placement in self.placements:
+        for placement in place_tensors(worker, layout):
             self.by_tensor.setdefault(placement.tensor, []).append(placement)
         self._replay: Replay | None = None
 
@@ -245,7 +246,7 @@ class _EnginePlan:
             replay.load(tensors, layout)
         else:
             load_tensors(self._worker, tensors, layout)
-        self._replay = replay or Replay(self._worker, self.placements)
+        self._replay = replay or Replay(self._worker, self.by_tensor)
 
 
 def _plan(worker: Any, stream: RolloutStream) -> _EnginePlan:

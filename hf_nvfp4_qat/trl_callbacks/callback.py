@@ -57,7 +57,6 @@ class NVFP4RolloutCallback(TrainerCallback):
         self.quantize_ref_model = quantize_ref_model
         self.engine_kwargs = dict(engine_kwargs or {})
         self.generation: NVFP4Generation | None = None
-        self.num_pushes = 0
         self._trainer: ref[Trainer] | None = None
         self._is_idle = False
 
@@ -70,7 +69,7 @@ class NVFP4RolloutCallback(TrainerCallback):
         model = kwargs["model"]
         trainer = _calling_trainer(model)
         self._trainer = ref(trainer)
-        self.generation, self.num_pushes, self._is_idle = None, 0, False
+        self.generation, self._is_idle = None, False
         if not getattr(args, "use_vllm", False):
             self._is_idle = True
             logger.warning(
@@ -86,19 +85,8 @@ class NVFP4RolloutCallback(TrainerCallback):
         mark(model, self)
 
     def adopt(self, generation: NVFP4Generation) -> None:
-        """Called while TRL builds its engine: take it over, and count, check and measure its pushes."""
+        """Called when TRL has built its engine."""
         self.generation = generation
-        push = generation.trl.sync_weights
-
-        def push_and_measure() -> None:
-            every = self.check_every
-            # The second push is the first that repeats recorded copies.
-            generation.check_next = self.num_pushes < 2 or bool(every and self.num_pushes % every == 0)
-            push()
-            self.num_pushes += 1
-            self._log_push()
-
-        generation.trl.sync_weights = push_and_measure
         trainer = self._trainer() if self._trainer else None
         if trainer is not None:
             record_mismatch(trainer)
@@ -142,9 +130,9 @@ class NVFP4RolloutCallback(TrainerCallback):
             f"transformers {transformers.__version__}, torch {torch.__version__}"
         )
 
-    def _log_push(self) -> None:
-        assert self.generation is not None
-        report = self.generation.last_report
+    def pushed(self, generation: NVFP4Generation) -> None:
+        """Called after each push: record what it took."""
+        report = generation.last_report
         trainer = self._trainer() if self._trainer else None
         if report is not None and trainer is not None:
             record(
@@ -152,7 +140,7 @@ class NVFP4RolloutCallback(TrainerCallback):
                 sync_seconds=report.seconds,
                 sync_mib=report.num_bytes / 2**20,
                 compression=report.compression,
-                **self.generation.sample.metrics(),
+                **generation.sample.metrics(),
             )
 
     def _quantize_ref_model(self, trainer: Any, model: Any) -> None:

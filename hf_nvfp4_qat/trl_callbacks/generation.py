@@ -25,7 +25,7 @@ from packaging.version import Version
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_nvfp4_qat.checkpoint.names import quantization_config
+from hf_nvfp4_qat.modules.global_scale import weight_version
 from hf_nvfp4_qat.rollout.engine import kernel_name
 from hf_nvfp4_qat.rollout.server import check_alignment, check_server, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
@@ -34,7 +34,7 @@ from hf_nvfp4_qat.rollout.sync import (
     SyncReport,
     allow_to_generate,
     check,
-    engine_arguments,
+    engine_arguments_of,
     prepare,
     refuse_to_generate,
     sync,
@@ -49,12 +49,16 @@ OLDEST_TRL = Version("1.16.0")
 
 
 class Rollout(Protocol):
-    """What a marked model brings: called back when TRL builds its engine."""
+    """What a marked model brings: options, and what to call when TRL has built its engine and after each push."""
 
     engine_kwargs: dict[str, Any]
+    check_every: int
 
     def adopt(self, generation: "NVFP4Generation") -> None:
         """Take the generation of the marked model."""
+
+    def pushed(self, generation: "NVFP4Generation") -> None:
+        """A push has succeeded."""
 
 
 _marked: WeakKeyDictionary[nn.Module, Rollout] = WeakKeyDictionary()
@@ -97,7 +101,7 @@ def _wrap_engine_construction() -> None:
         if rollout is None:
             original(self)
         else:
-            generation = NVFP4Generation(self, rollout.engine_kwargs)
+            generation = NVFP4Generation(self, rollout)
             generation.build(lambda: original(self))
             rollout.adopt(generation)
 
@@ -111,16 +115,17 @@ class NVFP4Generation:
     Attributes:
         trl: TRL's object; its ``sync_weights``, ``generate`` and, for a server, ``_iter_named_params`` are replaced.
         last_report, last_check: of the last push; in server mode there is no check.
+        num_pushes: that succeeded.
         sample: weight statistics of the last push.
     """
 
-    def __init__(self, trl_generation: Any, engine_kwargs: dict[str, Any]) -> None:
+    def __init__(self, trl_generation: Any, rollout: Rollout) -> None:
         self.trl = trl_generation
-        self.engine_kwargs = engine_kwargs
+        self._rollout = rollout
+        self.num_pushes = 0
         self.sample = WeightSample()
         self.last_report: SyncReport | None = None
         self.last_check: EngineCheck | None = None
-        self.check_next = True
         self.kernel = ""
         self.num_packed = 0
         self._push_of_trl = trl_generation.sync_weights
@@ -153,13 +158,13 @@ class NVFP4Generation:
         if self.trl.mode == "server":
             self._connect(original, stream)
         else:
-            with _engine_made_with(self.engine_kwargs, engine_arguments(self.trl.model)):
+            with _engine_made_with(self._rollout.engine_kwargs, engine_arguments_of(stream)):
                 original()
-            self._take_over_engine()
+            self._take_over_engine(stream)
         self.trl.sync_weights = self._push_and_remember
         self.trl.generate = self._generate
 
-    def _take_over_engine(self) -> None:
+    def _take_over_engine(self, stream: RolloutStream) -> None:
         llm = self.trl.llm
         worker = worker_of(llm)
         served = type(worker.model_runner.get_model()).__name__
@@ -174,12 +179,12 @@ class NVFP4Generation:
         refuse_to_generate(llm, self._refusal)
         if not self.trl.enable_sleep_mode:
             # While nothing is lost yet. A sleeping engine has no weights to look at before the first push.
-            prepare(llm, self.trl.model)
+            prepare(llm, stream)
         self._push = self._push_into_engine
 
     def _connect(self, original: Any, stream: RolloutStream) -> None:
         trl = self.trl
-        config = quantization_config(stream.ignored_layers)
+        config = stream.quantization_config
         base_url = trl.server_base_url or f"http://{trl.server_host}:{trl.server_port}"
         command = start_command(trl.model.name_or_path, config, base_url)
         check_alignment(stream.layout)
@@ -201,6 +206,8 @@ class NVFP4Generation:
         self._push()
         self._pushed_state = state
         self._refusal = ""
+        self.num_pushes += 1
+        self._rollout.pushed(self)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces TRL's ``generate``, with the weights of this moment.
@@ -228,7 +235,9 @@ class NVFP4Generation:
             empty_cache()
             trl.llm.wake_up(tags=["weights"])
         self.last_report = sync(trl.llm, trl.model, observe=self.sample.observe)
-        if self.check_next:
+        every = self._rollout.check_every
+        # The second push is the first that repeats recorded copies.
+        if self.num_pushes < 2 or (every and self.num_pushes % every == 0):
             refuse_to_generate(trl.llm, "its weights were not compared with the trainer's yet")
             self.last_check = check(trl.llm, trl.model)
             if not self.last_check.ok:
@@ -309,13 +318,13 @@ def weights_state(model: nn.Module) -> tuple[int, list[tuple[int, int, int]]]:
     """
     tensors = (getattr(tensor, "_local_tensor", tensor) for tensor in (*model.parameters(), *model.buffers()))
     # Global scales are refreshed by every push, and follow from the weights.
-    versions = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors if tensor.numel() > 1]
+    versions = [(id(tensor), tensor.data_ptr(), weight_version(tensor)) for tensor in tensors if tensor.numel() > 1]
     return _num_optimizer_steps[0], versions
 
 
 def _metadata(stream: RolloutStream) -> list[tuple[str, str, list[int]]]:
     """As TRL announces tensors to a server."""
-    return [(item.name, str(item.dtype).removeprefix("torch."), list(item.shape)) for item in stream.layout]
+    return [(item.name, item.dtype_name, list(item.shape)) for item in stream.layout]
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 from conftest import load_qat, tiny_qwen3
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
-from hf_nvfp4_qat.checkpoint.names import quantization_config
 from hf_nvfp4_qat.rollout.server import check_server, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
@@ -38,7 +37,7 @@ def model(folder):
 
 
 def rollout_config(model):
-    return quantization_config(RolloutStream(model).ignored_layers)
+    return RolloutStream(model).quantization_config
 
 
 def free_port() -> int:

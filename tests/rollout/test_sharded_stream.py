@@ -1,15 +1,11 @@
 """Two processes with FSDP2: each pushes the whole model's packed weights, gathered from shards."""
 
-import os
-import tempfile
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import tiny_llama, tokens
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from two_processes import in_two_processes
 
 from hf_nvfp4_qat import prepare_qat
 from hf_nvfp4_qat.rollout.stream import RolloutStream
@@ -24,10 +20,7 @@ def _train(model) -> None:
         optimizer.zero_grad()
 
 
-def _push(rank: int, store: str, results) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _push(rank: int) -> tuple:
     whole, sharded = prepare_qat(tiny_llama()), prepare_qat(tiny_llama())
     for layer in sharded.model.layers:
         fully_shard(layer)
@@ -40,13 +33,10 @@ def _push(rank: int, store: str, results) -> None:
         for (name, tensor), (other, its) in zip(stream, expected, strict=True)
     ]
     is_sharded = all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
-    results[rank] = (all(equal), len(equal), stream.layout == expected.layout, is_sharded)
-    dist.destroy_process_group()
+    return (all(equal), len(equal), stream.layout == expected.layout, is_sharded)
 
 
 @pytest.mark.slow
 def test_an_fsdp2_model_pushes_what_the_whole_model_would():
-    with tempfile.NamedTemporaryFile() as store, mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_push, args=(store.name + ".store", results), nprocs=2)
-        assert results[0] == results[1] == (True, 63, True, True)
+    results = in_two_processes(_push)
+    assert results[0] == results[1] == (True, 63, True, True)

@@ -274,7 +274,7 @@ def test_rloo_rolls_out_on_packed_weights_too(folder, tmp_path):
         load_qat(folder), folder, tmp_path, [callback], RLOOTrainer, RLOOConfig, max_steps=2, beta=0.0
     )
     trainer.train()
-    assert callback.num_pushes == 2
+    assert callback.generation.num_pushes == 2
     assert callback.generation.last_check.ok
     assert len(logged(trainer, "nvfp4/sync_seconds")) == 2
 
@@ -319,7 +319,7 @@ def test_sleep_mode_wakes_to_the_trained_weights(folder, tmp_path):
         load_qat(folder), folder, tmp_path, [callback], vllm_enable_sleep_mode=True, learning_rate=1e-2
     )
     trainer.train()
-    assert callback.num_pushes == 3
+    assert callback.generation.num_pushes == 3
     assert callback.generation.last_check.ok
     assert max(logged(trainer, "nvfp4/mismatch_kl")) < 1e-2
 

@@ -7,7 +7,6 @@ from conftest import SMALL_ENGINE, load_qat
 from rollout.test_server import answering
 from trl_callbacks.test_callback import folder, logged, make_trainer, rollouts  # noqa: F401
 
-from hf_nvfp4_qat.checkpoint.names import quantization_config
 from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.sync import check, engine_arguments, worker_of
@@ -66,7 +65,7 @@ def server(folder, monkeypatch):  # noqa: F811
     from vllm import LLM
 
     model = load_qat(folder)
-    config = quantization_config(RolloutStream(model).ignored_layers)
+    config = RolloutStream(model).quantization_config
     if ServerStandIn.engine is None:
         ServerStandIn.engine = LLM(
             str(folder), max_model_len=128, gpu_memory_utilization=0.2, logprobs_mode="processed_logprobs",
