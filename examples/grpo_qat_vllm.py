@@ -102,8 +102,11 @@ def main(script: ScriptArguments, training: GRPOConfig, model_options: ModelConf
         record_mismatch(trainer)  # the baseline, in the same units
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model()
-    if script.qat and trainer.accelerator.is_main_process:
-        print(verify_nvfp4(training.output_dir, trainer.accelerator.unwrap_model(trainer.model)))
+    if script.qat:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.print(
+            verify_nvfp4(training.output_dir, trainer.accelerator.unwrap_model(trainer.model))  # all gather the shards
+        )
     if training.push_to_hub:
         trainer.push_to_hub()
     return trainer

@@ -69,7 +69,8 @@ def verify_nvfp4(path: str | os.PathLike, model: PreTrainedModel | None = None) 
 
     Args:
         path: directory or Hub repository id.
-        model: a QAT model; its weights as served must then equal the decoded tensors, bit for bit.
+        model: a QAT model; its weights as served must then equal the decoded tensors, bit for bit. Of a sharded one
+            every process must call this, since the shards are gathered.
 
     Returns:
         The report; ``report.ok`` is the verdict.
