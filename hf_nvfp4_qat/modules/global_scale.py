@@ -24,7 +24,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
+from hf_nvfp4_qat.numerics.group_amax import GroupAmax
+from hf_nvfp4_qat.numerics.quantize import global_decode_scale_of_amax
 
 _live: "WeakSet[GlobalScales]" = WeakSet()
 _optimizer_hook: Any = None
@@ -45,6 +46,7 @@ class GlobalScales:
         self._groups: dict[str, WeakSet[ScaledModule]] = {}
         # Weight (as a weak reference) and version counter at the last refresh, by module.
         self._seen: WeakKeyDictionary[ScaledModule, tuple[ref, int]] = WeakKeyDictionary()
+        self._amaxes: dict[tuple[torch.device, Any], GroupAmax] = {}
         _live.add(self)
         global _optimizer_hook
         if _optimizer_hook is None:
@@ -80,23 +82,27 @@ class GlobalScales:
 
     @torch.no_grad()
     def _refresh(self, groups: Iterable[str]) -> None:
-        """One batched pass a device: an amax per weight, then a handful of calls for all scales together."""
+        """One batched pass a device: a handful of launches for all weights together, nothing read back."""
         by_place: dict[tuple[torch.device, Any], list[list[ScaledModule]]] = {}
         for group in groups:
             # Offloaded weights are on the meta device between forwards and have nothing to read.
             members = [module for module in self._groups[group] if module.weight.device.type != "meta"]
             if members:
                 by_place.setdefault((members[0].weight.device, _mesh(members[0].weight)), []).append(members)
-        for (device, mesh), grouped in by_place.items():
+        for place, grouped in by_place.items():
             modules = [module for members in grouped for module in members]
-            positions = [position for position, members in enumerate(grouped) for _ in members]
-            index = torch.tensor(positions, device=device)
-            amax = torch.stack([global_amax(_own_part(module.weight)).to(device) for module in modules])
-            shared_amax = amax.new_zeros(len(grouped)).scatter_reduce(0, index, amax, "amax")
-            if mesh is not None:
-                _maximum_over_shards(shared_amax, mesh)
-            scales = global_decode_scale_of_amax(shared_amax)[index]
-            torch._foreach_copy_([module.global_decode_scale for module in modules], list(scales.unbind()))
+            first_groups = [position for position, members in enumerate(grouped) for _ in members]
+            weights = [_own_part(module.weight) for module in modules]
+            amax = self._amaxes.get(place)
+            if amax is None or not amax.fits(weights, first_groups):
+                amax = self._amaxes[place] = GroupAmax(weights, first_groups, len(grouped))
+            shared_amax = amax()
+            if place[1] is not None:
+                _maximum_over_shards(shared_amax, place[1])
+            scales = global_decode_scale_of_amax(shared_amax).unbind()
+            torch._foreach_copy_(
+                [module.global_decode_scale for module in modules], [scales[group] for group in first_groups]
+            )
             for module in modules:
                 self._seen[module] = (ref(module.weight), weight_version(module.weight))
 

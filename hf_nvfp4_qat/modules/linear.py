@@ -21,13 +21,48 @@ from hf_nvfp4_qat.numerics.format import check_weight
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 
 
-class _FakeQuantizedLinear(torch.autograd.Function):
-    """``F.linear(x, fake_quantize(weight))`` that saves `x` and `weight` only."""
+class _Kept(torch.autograd.Function):
+    """Saves `x` and `weight` for the product's backward, before the product is computed.
+
+    Gradient checkpointing stops computing a block again once the block's last saved tensor is there. A function saves
+    after its forward, so one that computed the product too would have each block's last product computed for nothing:
+    a quarter of the recomputation of a decoder layer.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None
+
+
+class _Product(torch.autograd.Function):
+    """``F.linear(x, fake_quantize(weight))`` that saves nothing of its own; `kept` is what ``_Kept`` returned."""
+
+    @staticmethod
+    def forward(ctx, kept, x, weight, bias, global_decode_scale, compute_dtype):
+        ctx.kept = kept.grad_fn
+        # The scale is not saved through autograd: refreshing it in place is no error while the weight stands still,
+        # and if the weight moved, its own version counter raises.
+        ctx.global_decode_scale = global_decode_scale
+        return F.linear(x, fake_quantize_unchecked(weight, global_decode_scale).to(compute_dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight = (None, None) if ctx.kept is None else ctx.kept.saved_tensors  # None if only the bias trains
+        return None, *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[1:4]), None, None
+
+
+class _CompiledLinear(torch.autograd.Function):
+    """The same in one piece, for torch.compile, which arranges recomputation by itself."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, global_decode_scale, compute_dtype):
-        # The scale is not saved through autograd: refreshing it in place is no error while the weight stands still,
-        # and if the weight moved, its own version counter raises.
         ctx.global_decode_scale = global_decode_scale
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return F.linear(x, fake_quantize_unchecked(weight, global_decode_scale).to(compute_dtype), bias)
@@ -36,16 +71,21 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
-        grad_x = grad_weight = grad_bias = None
-        rows = grad_output.reshape(-1, grad_output.shape[-1])  # [M, N]
-        if ctx.needs_input_grad[0]:
-            fake_quantized = fake_quantize_unchecked(weight, ctx.global_decode_scale)
-            grad_x = grad_output @ fake_quantized.to(grad_output.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)  # [N, M] @ [M, K]
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_bias, None, None
+        return *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[:3]), None, None
+
+
+def _gradients(ctx, grad_output, x, weight, needed):
+    """Gradients of `x`, `weight` and bias, None where not needed."""
+    grad_x = grad_weight = grad_bias = None
+    rows = grad_output.reshape(-1, grad_output.shape[-1])  # [M, N]
+    if needed[0]:
+        fake_quantized = fake_quantize_unchecked(weight, ctx.global_decode_scale, after=grad_output)
+        grad_x = grad_output @ fake_quantized.to(grad_output.dtype)
+    if needed[1]:
+        grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)  # [N, M] @ [M, K]
+    if needed[2]:
+        grad_bias = rows.sum(0)
+    return grad_x, grad_weight, grad_bias
 
 
 def check_adoptable(linear: nn.Linear, *, name: str) -> None:
@@ -115,7 +155,10 @@ class QATLinear(nn.Linear):
             compute_dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute_dtype)
             bias = None if bias is None else bias.to(compute_dtype)
-        return _FakeQuantizedLinear.apply(input, self.weight, bias, self.global_decode_scale, compute_dtype)
+        arguments = (input, self.weight, bias, self.global_decode_scale, compute_dtype)
+        if torch.compiler.is_compiling():
+            return _CompiledLinear.apply(*arguments)
+        return _Product.apply(_Kept.apply(input, self.weight), *arguments)
 
     def fake_quantized_weight(self) -> torch.Tensor:
         """The weight that forward multiplies with, and that is served: bfloat16 ``[N, K]``, no gradient."""

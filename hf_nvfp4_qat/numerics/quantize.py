@@ -5,11 +5,8 @@ is trained and the weight that is served come from one piece of code. What goes 
 rounding of the master weight, whatever dtype the master is kept in.
 """
 
-import logging
 from collections.abc import Iterator
-from functools import cache
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,16 +21,8 @@ from hf_nvfp4_qat.numerics.format import (
     global_scale_shape,
     packed_shape,
 )
+from hf_nvfp4_qat.numerics.implementations import Impl, resolve
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-
-logger = logging.getLogger(__name__)
-
-Impl = Literal["auto", "reference", "eager", "triton"]
-
-_IMPLEMENTATIONS = ("reference", "eager", "triton")
-
-# The capability from which Triton's kernels were checked against the reference.
-_TRITON_MIN_CAPABILITY = (8, 9)
 
 
 def quantize_nvfp4(
@@ -56,7 +45,7 @@ def quantize_nvfp4(
             not a power of two in range, an unknown `impl`.
     """
     weight, global_decode_scale = _checked(weight, global_decode_scale)
-    return _quantize(weight, global_decode_scale, _resolve(impl, weight.device))
+    return quantize_unchecked(weight, global_decode_scale, impl=impl)
 
 
 def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, *, impl: Impl = "auto") -> NVFP4Tensor:
@@ -69,7 +58,11 @@ def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, 
         global_decode_scale: float32 of ``global_scale_shape(weight.shape)``, powers of two.
         impl: as ``quantize_nvfp4``.
     """
-    return _quantize(weight, global_decode_scale, _resolve(impl, weight.device))
+    if torch.compiler.is_compiling():
+        packed, block_scale = torch.ops.hf_nvfp4_qat.quantize(weight, global_decode_scale, impl)
+    else:
+        packed, block_scale = _quantize(weight, global_decode_scale, resolve(impl, weight.device))
+    return NVFP4Tensor(packed, block_scale, global_decode_scale.clone())
 
 
 def fake_quantize_nvfp4(
@@ -90,7 +83,11 @@ def fake_quantize_nvfp4(
 
 
 def fake_quantize_unchecked(
-    weight: torch.Tensor, global_decode_scale: torch.Tensor, *, impl: Impl = "auto"
+    weight: torch.Tensor,
+    global_decode_scale: torch.Tensor,
+    *,
+    impl: Impl = "auto",
+    after: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``fake_quantize_nvfp4`` for a training forward: no checks, no gradient, one graph node under torch.compile.
 
@@ -99,13 +96,15 @@ def fake_quantize_unchecked(
             the global scale of such a weight is NaN, so all of it decodes to NaN and the loss says so.
         global_decode_scale: float32 of ``global_scale_shape(weight.shape)``, powers of two.
         impl: as ``quantize_nvfp4``.
+        after: any tensor; it is not read, but a compiler must compute it first. Given the incoming gradient, a second
+            call in a backward cannot be merged with the one in the forward, whose result would then be kept between.
 
     Returns:
         bfloat16 tensor of the shape of `weight`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.hf_nvfp4_qat.fake_quantize(weight, global_decode_scale, impl)
-    return _fake_quantize(weight, global_decode_scale, _resolve(impl, weight.device))
+        return torch.ops.hf_nvfp4_qat.fake_quantize(weight, global_decode_scale, impl, after)
+    return _fake_quantize(weight, global_decode_scale, resolve(impl, weight.device))
 
 
 def global_amax(weight: torch.Tensor) -> torch.Tensor:
@@ -139,7 +138,10 @@ def global_decode_scale_of_amax(amax: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 of the same shape, within ``[2**-100, 2**100]``; 1 where amax is 0, NaN where it is not finite.
     """
-    bits = (amax.float() / E2M1_MAX).view(torch.int32)
+    amax = amax.float()
+    if resolve("auto", amax.device) == "triton":
+        return _triton_kernels().decode_scales(amax.contiguous())
+    bits = (amax / E2M1_MAX).view(torch.int32)
     # Keep 3 of 23 fraction bits: add just under half of the last kept bit, plus that bit itself for ties to even.
     top = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
     exponent = (top >> 3) - 127 - 8 + ((top & 7) == 7)
@@ -185,34 +187,8 @@ def _checked(weight: torch.Tensor, global_decode_scale: torch.Tensor | None) -> 
     return weight, global_decode_scale
 
 
-@cache
-def _pick(device: torch.device) -> str:
-    """What "auto" means on a device; picked and logged once."""
-    picked = "eager"
-    if device.type == "cuda" and torch.version.cuda:
-        capability = torch.cuda.get_device_capability(device)
-        if capability >= _TRITON_MIN_CAPABILITY and find_spec("triton") is not None:
-            picked = "triton"
-    logger.info('NVFP4 quantization on %s: impl="auto" picked "%s".', device, picked)
-    return picked
-
-
-def _resolve(impl: str, device: torch.device) -> str:
-    if impl == "auto":
-        return _pick(device)
-    if impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"`impl` is one of auto, {', '.join(_IMPLEMENTATIONS)}; got {impl!r}.")
-    if impl == "triton" and device.type != "cuda":
-        raise ValueError(f'`impl="triton"` needs the weight on an NVIDIA GPU; it is on {device}. Use impl="auto".')
-    return impl
-
-
-def _implementation(impl: str) -> Any:
-    if impl == "triton":
-        from hf_nvfp4_qat.numerics import triton_kernels
-
-        return triton_kernels
-    return {"reference": reference, "eager": eager}[impl]
+# These two take one matrix at a time, as rows of blocks.
+_ROWS: dict[str, Any] = {"reference": reference, "eager": eager}
 
 
 def _matrices(weight: torch.Tensor, global_decode_scale: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -222,34 +198,63 @@ def _matrices(weight: torch.Tensor, global_decode_scale: torch.Tensor) -> Iterat
     return zip(matrices, global_decode_scale.view(-1), strict=True)
 
 
-def _quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> NVFP4Tensor:
+def _quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The packed codes and the block scales."""
     if weight.numel() == 0:
         packed = torch.empty(0, dtype=torch.uint8, device=weight.device)
         block_scale = torch.empty(0, dtype=torch.float8_e4m3fn, device=weight.device)
+    elif impl == "triton":
+        packed, block_scale = _triton_kernels().quantize(_readable(weight), global_decode_scale.contiguous())
     else:
-        matrices = _matrices(weight, global_decode_scale)
-        parts = [_implementation(impl).quantize(blocks, scale) for blocks, scale in matrices]
+        parts = [_ROWS[impl].quantize(blocks, scale) for blocks, scale in _matrices(weight, global_decode_scale)]
         packed, block_scale = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
-    return NVFP4Tensor(
-        packed.view(packed_shape(weight.shape)),
-        block_scale.view(block_scale_shape(weight.shape)),
-        global_decode_scale.clone(),
-    )
+    return packed.view(packed_shape(weight.shape)), block_scale.view(block_scale_shape(weight.shape))
 
 
 def _fake_quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> torch.Tensor:
     if weight.numel() == 0:
         return weight.detach().to(torch.bfloat16, copy=True)
-    matrices = _matrices(weight, global_decode_scale)
-    values = [_implementation(impl).fake_quantize(blocks, scale) for blocks, scale in matrices]
+    if impl == "triton":
+        return _triton_kernels().fake_quantize(_readable(weight), global_decode_scale.contiguous())
+    values = [_ROWS[impl].fake_quantize(blocks, scale) for blocks, scale in _matrices(weight, global_decode_scale)]
     return (values[0] if len(values) == 1 else torch.cat(values)).view(weight.shape)
 
 
+def _readable(weight: torch.Tensor) -> torch.Tensor:
+    """As the kernels take it: they round fp32 and fp16 themselves."""
+    return weight.detach() if weight.dtype in (torch.bfloat16, torch.float16, torch.float32) else weight.bfloat16()
+
+
+def _triton_kernels() -> Any:
+    from hf_nvfp4_qat.numerics import triton_kernels
+
+    return triton_kernels
+
+
 @torch.library.custom_op("hf_nvfp4_qat::fake_quantize", mutates_args=())
-def _fake_quantize_op(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> torch.Tensor:
-    return _fake_quantize(weight, global_decode_scale, _resolve(impl, weight.device))
+def _fake_quantize_op(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    return _fake_quantize(weight, global_decode_scale, resolve(impl, weight.device))
 
 
 @_fake_quantize_op.register_fake
-def _(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> torch.Tensor:
+def _(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str, after: torch.Tensor | None = None
+) -> torch.Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("hf_nvfp4_qat::quantize", mutates_args=())
+def _quantize_op(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantize(weight, global_decode_scale, resolve(impl, weight.device))
+
+
+@_quantize_op.register_fake
+def _(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return (
+        weight.new_empty(packed_shape(weight.shape), dtype=torch.uint8),
+        weight.new_empty(block_scale_shape(weight.shape), dtype=torch.float8_e4m3fn),
+    )

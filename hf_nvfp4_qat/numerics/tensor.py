@@ -15,6 +15,7 @@ from hf_nvfp4_qat.numerics.format import (
     global_scale_shape,
     packed_shape,
 )
+from hf_nvfp4_qat.numerics.implementations import Impl, resolve
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class NVFP4Tensor:
         """The 4-bit codes, one a byte: uint8 ``[..., N, K]``."""
         return torch.stack((self.packed & 0x0F, self.packed >> 4), dim=-1).reshape(self.shape)
 
-    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16, *, impl: Impl = "auto") -> torch.Tensor:
         """The values: ``E2M1[code] * block_scale * global_decode_scale``, in fp32, then rounded once to `dtype`.
 
         With a power-of-two global scale (every weight we quantize) the result is exact in bfloat16: a code
@@ -75,15 +76,48 @@ class NVFP4Tensor:
 
         Args:
             dtype: floating dtype of the result.
+            impl: as ``quantize_nvfp4``; "reference" and "eager" are the same here.
 
         Returns:
             Tensor of shape ``[..., N, K]`` on the codes' device.
         """
-        # All 256 bytes decode to a pair of values, so one lookup serves two elements.
-        values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=self.device)
-        byte = torch.arange(256, device=self.device)
-        pairs = torch.stack((values[byte & 0x0F], values[byte >> 4]), dim=-1)  # [256, 2]
-        blocks = pairs[self.packed.int()].reshape(*self.block_scale.shape, BLOCK_SIZE)
-        blocks *= self.block_scale.float().unsqueeze(-1)
-        blocks *= self.global_decode_scale[..., None, None, None]
-        return blocks.reshape(self.shape).to(dtype)
+        if torch.compiler.is_compiling():
+            return torch.ops.hf_nvfp4_qat.dequantize(
+                self.packed, self.block_scale, self.global_decode_scale, dtype, impl
+            )
+        return _dequantize(self.packed, self.block_scale, self.global_decode_scale, dtype, impl)
+
+
+def _dequantize(
+    packed: torch.Tensor, block_scale: torch.Tensor, global_decode_scale: torch.Tensor, dtype: torch.dtype, impl: str
+) -> torch.Tensor:
+    shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+    if resolve(impl, packed.device) == "triton" and packed.numel():
+        from hf_nvfp4_qat.numerics import triton_kernels
+
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+        return triton_kernels.dequantize(
+            packed.contiguous(), block_scale.contiguous(), global_decode_scale.contiguous(), out
+        )
+    # All 256 bytes decode to a pair of values, so one lookup serves two elements.
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=packed.device)
+    byte = torch.arange(256, device=packed.device)
+    pairs = torch.stack((values[byte & 0x0F], values[byte >> 4]), dim=-1)  # [256, 2]
+    blocks = pairs[packed.int()].reshape(*block_scale.shape, BLOCK_SIZE)
+    blocks *= block_scale.float().unsqueeze(-1)
+    blocks *= global_decode_scale[..., None, None, None]
+    return blocks.reshape(shape).to(dtype)
+
+
+@torch.library.custom_op("hf_nvfp4_qat::dequantize", mutates_args=())
+def _dequantize_op(
+    packed: torch.Tensor, block_scale: torch.Tensor, global_decode_scale: torch.Tensor, dtype: torch.dtype, impl: str
+) -> torch.Tensor:
+    return _dequantize(packed, block_scale, global_decode_scale, dtype, impl)
+
+
+@_dequantize_op.register_fake
+def _(
+    packed: torch.Tensor, block_scale: torch.Tensor, global_decode_scale: torch.Tensor, dtype: torch.dtype, impl: str
+) -> torch.Tensor:
+    return packed.new_empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=dtype)

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from hf_nvfp4_qat import fake_quantize_nvfp4
+from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
 from hf_nvfp4_qat.modules.global_scale import GlobalScales
 from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 
 
 def make_linear(dtype=torch.float32, bias: bool = True) -> QATLinear:
@@ -48,6 +51,58 @@ def test_autograd_keeps_no_second_copy_of_the_weight():
         layer(x)
     storages = {tensor.untyped_storage().data_ptr() for tensor in saved}
     assert storages == {x.untyped_storage().data_ptr(), layer.weight.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_saves_what_it_saves_without_qat(compiled):
+    """Whatever arranges the backward, 1.25 bytes a weight and more would come back without `after`."""
+
+    def saved_bytes(model):
+        block = torch.compile(model, backend="aot_eager_decomp_partition") if compiled else model
+        saved = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        ):
+            loss = block(torch.randn(4, 64)).square().mean()
+        for tensor in (*model.parameters(), *model.buffers()):
+            saved.pop(tensor.untyped_storage().data_ptr(), None)
+        loss.backward()
+        return sum(saved.values())
+
+    plain = nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64))
+    expected = saved_bytes(plain)
+    torch.compiler.reset()
+    assert saved_bytes(prepare_qat(plain)) <= expected + 16
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products."""
+
+    num = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.num += function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradient_checkpointing_computes_no_more_products_again_than_without_qat():
+    def num_products(model):
+        x = torch.randn(4, 64, requires_grad=True)
+        with CountProducts() as count:
+            checkpoint(model, x, use_reentrant=False).sum().backward()
+        return count.num
+
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64))
+    expected = num_products(model)
+    assert expected == 2 + 1 + 4  # the last product is not needed again
+    assert num_products(prepare_qat(model)) == expected
+
+
+def test_a_bias_trains_alone():
+    layer = make_linear()
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(4, 64)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((48,), 4.0)) and layer.weight.grad is None
 
 
 def test_a_frozen_weight_keeps_no_input_and_gets_no_gradient():
@@ -154,6 +209,16 @@ def test_torch_compile_has_one_graph_and_the_same_numbers():
     x.grad = layer.weight.grad = None
     layer(x).square().sum().backward()
     assert torch.equal(gradients[0], x.grad) and torch.equal(gradients[1], layer.weight.grad)
+
+
+def test_packing_and_unpacking_are_in_the_graph_of_torch_compile():
+    weight, scale = torch.randn(48, 64), torch.tensor(2.0**-10)
+
+    def round_trip(weight, scale):
+        return quantize_unchecked(weight * 2, scale).dequantize(torch.float32) + 1
+
+    compiled = torch.compile(round_trip, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(weight, scale), round_trip(weight, scale))
 
 
 def test_copies_and_pickles_are_independent_and_fresh():

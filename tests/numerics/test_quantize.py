@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.quantize import plain_formula
+from benchmarks.plain import plain_formula
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
