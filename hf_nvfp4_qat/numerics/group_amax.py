@@ -29,7 +29,7 @@ class GroupAmax:
         device = weights[0].device
         self._plan = None
         if resolve("auto", device) == "triton":
-            from hf_nvfp4_qat.numerics.triton_kernels import AmaxPlan
+            from hf_nvfp4_qat.numerics.triton_amax import AmaxPlan
 
             self._plan = AmaxPlan.of(self._weights, self._first_groups, num_groups)
         if self._plan is None:

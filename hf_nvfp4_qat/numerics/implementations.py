@@ -7,6 +7,7 @@
 """
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Literal
@@ -55,3 +56,8 @@ def resolve(impl: str, device: torch.device) -> str:
     if impl == "triton" and device.type != "cuda":
         raise ValueError(f'`impl="triton"` needs the weight on an NVIDIA GPU; it is on {device}. Use impl="auto".')
     return impl
+
+
+def launching_on(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current GPU; on a CPU, only its interpreter runs kernels."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -65,6 +65,23 @@ def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, 
     return NVFP4Tensor(packed, block_scale, global_decode_scale.clone())
 
 
+def quantize_into(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, packed: torch.Tensor, block_scale: torch.Tensor
+) -> None:
+    """``quantize_unchecked`` into bytes that are there already.
+
+    Args:
+        weight, global_decode_scale: as ``quantize_unchecked``.
+        packed, block_scale: contiguous uint8 of as many bytes as the codes and the block scales have.
+    """
+    if weight.numel() and resolve("auto", weight.device) == "triton":
+        _triton_kernels().quantize(_readable(weight), global_decode_scale.contiguous(), out=(packed, block_scale))
+        return
+    codes, scales = _quantize(weight, global_decode_scale, resolve("auto", weight.device))
+    packed.copy_(codes.view(-1))
+    block_scale.copy_(scales.view(-1).view(torch.uint8))
+
+
 def fake_quantize_nvfp4(
     weight: torch.Tensor, *, global_decode_scale: torch.Tensor | None = None, impl: Impl = "auto"
 ) -> torch.Tensor:
@@ -140,7 +157,9 @@ def global_decode_scale_of_amax(amax: torch.Tensor) -> torch.Tensor:
     """
     amax = amax.float()
     if resolve("auto", amax.device) == "triton":
-        return _triton_kernels().decode_scales(amax.contiguous())
+        from hf_nvfp4_qat.numerics.triton_amax import decode_scales
+
+        return decode_scales(amax.contiguous())
     bits = (amax / E2M1_MAX).view(torch.int32)
     # Keep 3 of 23 fraction bits: add just under half of the last kept bit, plus that bit itself for ties to even.
     top = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20

@@ -93,10 +93,10 @@ def _dequantize(
 ) -> torch.Tensor:
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     if resolve(impl, packed.device) == "triton" and packed.numel():
-        from hf_nvfp4_qat.numerics import triton_kernels
+        from hf_nvfp4_qat.numerics import triton_decode
 
         out = torch.empty(shape, dtype=dtype, device=packed.device)
-        return triton_kernels.dequantize(
+        return triton_decode.dequantize(
             packed.contiguous(), block_scale.contiguous(), global_decode_scale.contiguous(), out
         )
     # All 256 bytes decode to a pair of values, so one lookup serves two elements.
