@@ -3,6 +3,7 @@
 Importing this package registers the quantizer ``nvfp4_qat`` with Transformers and does nothing else.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # Numerics: what NVFP4 is
@@ -20,12 +21,18 @@ from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.quantizer.load import load_nvfp4
 
 if TYPE_CHECKING:
+    # Across GPUs: FSDP2 that gathers QAT weights in 4 bits
+    from hf_nvfp4_qat.distributed.fsdp_callback import NVFP4FSDPCallback
+    from hf_nvfp4_qat.distributed.fsdp_plugin import NVFP4FSDPPlugin
+
     # Rollouts: packed weights into vLLM before each generation
     from hf_nvfp4_qat.trl_callbacks.callback import NVFP4RolloutCallback
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NVFP4FSDPCallback",
+    "NVFP4FSDPPlugin",
     "NVFP4QATConfig",
     "NVFP4RolloutCallback",
     "NVFP4Tensor",
@@ -40,12 +47,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # On first use: Transformers' callbacks bring its trainer along, and with it whatever trackers are installed.
-    if name == "NVFP4RolloutCallback":
-        from hf_nvfp4_qat.trl_callbacks.callback import NVFP4RolloutCallback
+# On first use: they bring Accelerate's plugins and Transformers' trainer along, and whatever trackers are installed.
+_LAZY = {
+    "NVFP4FSDPCallback": "hf_nvfp4_qat.distributed.fsdp_callback",
+    "NVFP4FSDPPlugin": "hf_nvfp4_qat.distributed.fsdp_plugin",
+    "NVFP4RolloutCallback": "hf_nvfp4_qat.trl_callbacks.callback",
+}
 
-        return NVFP4RolloutCallback
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -11,6 +11,7 @@ beforehand, as ours is. (Not named kernels.py: Transformers imports a package of
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def of_all_amaxes(num_layers: int) -> tuple[float, float, int]:
     num_bytes = sum(weight.nbytes for weight in weights)
     # A copy of half as much moves as many bytes.
     half = torch.empty(num_bytes // 4, dtype=torch.bfloat16, device="cuda")
-    return microseconds(lambda _: amax, weights[:1]), microseconds(copy, [half]), num_bytes
+    return microseconds(lambda _: partial(amax, weights), weights[:1]), microseconds(copy, [half]), num_bytes
 
 
 def main(

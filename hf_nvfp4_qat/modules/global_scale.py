@@ -72,13 +72,26 @@ class GlobalScales:
         if not self.is_fresh(module):
             self._refresh([module.scale_group])
 
+    def refresh_stale(self) -> None:
+        """Refresh every fused group one of whose weights changed, all together.
+
+        For sharded weights every process must call it: all of them see the same weights change.
+        """
+        stale = [name for name, group in self._groups.items() if not all(map(self._is_seen, group))]
+        if stale:
+            self._refresh(stale)
+
     def refresh(self) -> None:
         """Recompute every scale from the weights as they are now."""
         self._refresh(self._groups)
 
     def _is_seen(self, module: ScaledModule) -> bool:
-        weight, version = self._seen.get(module, (_nothing, 0))
-        return weight() is module.weight and version == weight_version(module.weight)
+        seen, version = self._seen.get(module, (_nothing, 0))
+        last, weight = seen(), module.weight
+        if isinstance(last, DTensor) and _mesh(last) != _mesh(weight):
+            # FSDP2 has put the gathered weight in the place of the shard that the scale was computed from.
+            weight = last
+        return weight is last and version == weight_version(weight)
 
     @torch.no_grad()
     def _refresh(self, groups: Iterable[str]) -> None:
@@ -92,16 +105,17 @@ class GlobalScales:
         for place, grouped in by_place.items():
             modules = [module for members in grouped for module in members]
             first_groups = [position for position, members in enumerate(grouped) for _ in members]
-            weights = [_own_part(module.weight) for module in modules]
+            weights = [own_part(module.weight) for module in modules]
             amax = self._amaxes.get(place)
             if amax is None or not amax.fits(weights, first_groups):
                 amax = self._amaxes[place] = GroupAmax(weights, first_groups, len(grouped))
-            shared_amax = amax()
+            shared_amax = amax(weights)
             if place[1] is not None:
                 _maximum_over_shards(shared_amax, place[1])
             scales = global_decode_scale_of_amax(shared_amax).unbind()
             torch._foreach_copy_(
-                [module.global_decode_scale for module in modules], [scales[group] for group in first_groups]
+                [own_part(module.global_decode_scale) for module in modules],
+                [scales[group] for group in first_groups],
             )
             for module in modules:
                 self._seen[module] = (ref(module.weight), weight_version(module.weight))
@@ -111,9 +125,12 @@ class GlobalScales:
         self._refresh([name for name, group in groups if any(id(module.weight) in stepped for module in group)])
 
 
-def _own_part(weight: Any) -> torch.Tensor:
-    """The rows of a sharded weight that this process has; a plain weight as it is."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+def own_part(tensor: Any) -> torch.Tensor:
+    """The part of a sharded weight that this process has; a plain tensor as it is.
+
+    Scales are whole everywhere, but tensor parallelism makes DTensors of them too.
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _mesh(weight: Any) -> Any:

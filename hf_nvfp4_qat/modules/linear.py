@@ -113,11 +113,14 @@ class QATLinear(nn.Linear):
         global_decode_scale: float32 ``[]`` buffer, not persistent, shared in value by the fused group.
         scale_group: key of the fused group within `global_scales`.
         global_scales: keeps `global_decode_scale` fresh.
+        weight_is_fake_quantized: whether `weight` holds the fake-quantized values whenever forward runs, because
+            that is how FSDP2 gathers it.
     """
 
     global_decode_scale: torch.Tensor
     scale_group: str
     global_scales: GlobalScales
+    weight_is_fake_quantized = False
 
     @classmethod
     def adopt(cls, linear: nn.Linear, *, name: str, scale_group: str, global_scales: GlobalScales) -> "QATLinear":
@@ -147,6 +150,8 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""
+        if self.weight_is_fake_quantized:
+            return super().forward(input)
         if not torch.compiler.is_compiling():
             self.global_scales.refresh_if_stale(self)
         bias: torch.Tensor | None = self.bias

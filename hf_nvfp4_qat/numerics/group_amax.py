@@ -13,7 +13,9 @@ from hf_nvfp4_qat.numerics.quantize import global_amax
 
 
 class GroupAmax:
-    """Made once for given weights; call it for the amaxes as they are now. Valid while `fits` says so.
+    """Prepared once for given weights, of which it keeps the addresses; called with them for the amaxes of now.
+
+    Valid while `fits` says so.
 
     Args:
         weights: ``[..., N, K]`` each, on one device.
@@ -22,8 +24,6 @@ class GroupAmax:
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], first_groups: Sequence[int], num_groups: int) -> None:
-        self._weights = [weight.detach() for weight in weights]
-        self._first_groups = list(first_groups)
         self._num_groups = num_groups
         self._places = _places(weights, first_groups)
         device = weights[0].device
@@ -31,7 +31,7 @@ class GroupAmax:
         if resolve("auto", device) == "triton":
             from hf_nvfp4_qat.numerics.triton_amax import AmaxPlan
 
-            self._plan = AmaxPlan.of(self._weights, self._first_groups, num_groups)
+            self._plan = AmaxPlan.of(weights, first_groups, num_groups)
         if self._plan is None:
             matrices = [
                 first + offset
@@ -44,12 +44,12 @@ class GroupAmax:
         """Whether these are the same weights, at the same addresses, in the same groups."""
         return self._places == _places(weights, first_groups)
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self, weights: Sequence[torch.Tensor]) -> torch.Tensor:
         """Largest magnitude of each group, after the bfloat16 rounding: float32 ``[num_groups]``, NaN if one is."""
         if self._plan is not None:
             # Rounding to bf16 is monotonic, so it may come last.
             return self._plan.run().to(torch.bfloat16).float()
-        amax = torch.cat([global_amax(weight).view(-1) for weight in self._weights])
+        amax = torch.cat([global_amax(weight).view(-1) for weight in weights])
         return amax.new_zeros(self._num_groups).scatter_reduce(0, self._groups, amax, "amax")
 
 

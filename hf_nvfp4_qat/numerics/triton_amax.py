@@ -1,5 +1,6 @@
 """The largest magnitudes of many weights in one launch, and the global scales that follow from them in another."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +71,7 @@ class AmaxPlan:
     device: torch.device
 
     @classmethod
-    def of(cls, weights: list[torch.Tensor], first_groups: list[int], num_groups: int) -> "AmaxPlan | None":
+    def of(cls, weights: Sequence[torch.Tensor], first_groups: Sequence[int], num_groups: int) -> "AmaxPlan | None":
         """The plan for weights ``[..., N, K]`` whose matrices count for consecutive groups, from the first one given.
 
         None if one of them is not bfloat16 or float32, contiguous and aligned to 16 bytes. Valid while no weight moves.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import tiny_qwen3, tokens
-from two_processes import in_two_processes
+from processes import in_processes
 
 from hf_nvfp4_qat import prepare_qat, quantize_nvfp4
 from hf_nvfp4_qat.modules.swap import qat_modules
@@ -30,5 +30,5 @@ def _train(rank: int) -> tuple:
 
 @pytest.mark.slow
 def test_ranks_agree_under_ddp():
-    results = in_two_processes(_train)
+    results = in_processes(_train)
     assert results[0] == results[1] and results[0][0]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import tiny_llama, tokens
+from processes import in_processes
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from two_processes import in_two_processes
 
 from hf_nvfp4_qat import prepare_qat
 from hf_nvfp4_qat.rollout.stream import RolloutStream
@@ -38,5 +38,5 @@ def _push(rank: int) -> tuple:
 
 @pytest.mark.slow
 def test_an_fsdp2_model_pushes_what_the_whole_model_would():
-    results = in_two_processes(_push)
+    results = in_processes(_push)
     assert results[0] == results[1] == (True, 63, True, True)

@@ -1,0 +1,212 @@
+"""The NVFP4 all-gather: FSDP2 moves codes and block scales, and the gathered weight is the fake-quantized one.
+
+GATHER.md draws it. In short: FSDP2 asks the local tensor of a sharded parameter for two hooks before it gathers. The
+first encodes this process's rows, with a global scale that is ready; the second decodes everybody's rows into the whole
+weight. That weight is an autograd leaf, so its gradient is the straight-through one, and forward is a plain F.linear.
+
+The hooks are attributes of plain tensors (nothing subclasses torch.Tensor), and such attributes are lost when a tensor
+is replaced: by ``load_state_dict(assign=True)`` and ``.to``. So they are looked for, and put back, before each forward.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from hf_nvfp4_qat.distributed.fsdp_versions import forget_gathers, fsdp_parameters, gathered_shape, shard_dim
+from hf_nvfp4_qat.modules.global_scale import own_part
+from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+from hf_nvfp4_qat.numerics.wire import decode_rows, encode_rows
+
+_ATTRIBUTE = "nvfp4_packed_gather"
+
+
+@dataclass
+class GatherReport:
+    """What ``use_packed_gather`` did.
+
+    Attributes:
+        num_packed: weights that are gathered in 4 bits from now on.
+        left_out: module name to the reason why its weight is gathered whole and fake-quantized in forward.
+    """
+
+    num_packed: int
+    left_out: dict[str, str]
+
+    def __str__(self) -> str:
+        text = f"{self.num_packed} weights are gathered in NVFP4"
+        for name, reason in list(self.left_out.items())[:3]:
+            text += f"; {name} is not: {reason}"
+        return text + (f"; and {len(self.left_out) - 3} more" if len(self.left_out) > 3 else "")
+
+
+def use_packed_gather(model: nn.Module) -> GatherReport:
+    """Make FSDP2 gather the QAT weights of a model in 4 bits, from the next forward on.
+
+    The numbers stay those of fake quantization in forward, to the bit; what changes is what travels (4.5 bits a
+    weight), what stays in memory (no second copy) and who quantizes (each process its own rows).
+
+    Args:
+        model: a QAT model after ``fully_shard``, or after ``Accelerator.prepare`` with FSDP2; between steps.
+
+    Raises:
+        ValueError: the model is not sharded by FSDP2, has no QAT weights that are, is offloaded, or is in use.
+    """
+    if not isinstance(model, FSDPModule):
+        raise ValueError(
+            f"The NVFP4 gather needs a model sharded by FSDP2; {type(model).__name__} is not. Call "
+            "`torch.distributed.fsdp.fully_shard` first, or prepare it with Accelerate and `fsdp_version: 2`. DDP, "
+            "FSDP1 and ZeRO work without it: weights are fake-quantized in forward there."
+        )
+    stop_packed_gather(model)
+    gather = _PackedGather(model)
+    setattr(model, _ATTRIBUTE, gather)
+    return GatherReport(len(gather.layers), gather.left_out)
+
+
+def stop_packed_gather(model: nn.Module) -> None:
+    """Back to whole weights, fake-quantized in forward; nothing happens if that is how it is.
+
+    Raises:
+        ValueError: a weight is gathered at the moment.
+    """
+    gather = vars(model).pop(_ATTRIBUTE, None)
+    if gather is not None:
+        gather.stop()
+
+
+def gathers_packed(model: nn.Module) -> bool:
+    """Whether ``use_packed_gather`` is in force."""
+    return _ATTRIBUTE in vars(model)
+
+
+class _PackedGather:
+    """The hooks of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = {id(parameter.sharded_param): parameter for parameter in fsdp_parameters(model)}
+        layers = qat_modules(model)
+        self.left_out = {name: reason for name, layer in layers.items() if (reason := _obstacle(layer, parameters))}
+        self.layers = {name: layer for name, layer in layers.items() if name not in self.left_out}
+        if not self.layers:
+            first = next((f" {name}: {reason}." for name, reason in self.left_out.items()), "")
+            raise ValueError(
+                "The NVFP4 gather needs QAT weights that FSDP2 shards, between steps; "
+                f"none of {len(layers)} is one.{first}"
+            )
+        self._shards = {}
+        for name, layer in self.layers.items():
+            weight: Any = layer.weight
+            parameter = parameters[id(weight)]
+            if parameter.offload_to_cpu:
+                raise ValueError(
+                    f"The NVFP4 gather does not work with CPU offloading; {name} is offloaded. Turn "
+                    "`fsdp_offload_params` off, or set NVFP4_QAT_GATHER=bf16."
+                )
+            self._shards[name] = _Shard(weight.device_mesh, gathered_shape(parameter))
+        for layer in self.layers.values():
+            forget_gathers(parameters[id(layer.weight)])
+        for name, layer in self.layers.items():
+            # Tensor parallelism makes DTensors of buffers too; the scale is whole on every process.
+            layer.global_decode_scale = own_part(layer.global_decode_scale)
+            _put_hooks(layer, self._shards[name].gathered_shape)
+            layer.weight_is_fake_quantized = True
+        self._model = ref(model)
+        # Before FSDP2's own hook: scales and ours must be ready when the first weight is gathered.
+        self._handle = model.register_forward_pre_hook(self._before_forward, prepend=True)
+
+    def stop(self) -> None:
+        """Take the hooks off; the next gather is FSDP2's own."""
+        model = self._model()
+        parameters = {id(parameter.sharded_param): parameter for parameter in fsdp_parameters(model)} if model else {}
+        shards = [parameters.get(id(layer.weight)) for layer in self.layers.values()]
+        if None in shards:
+            raise ValueError(
+                "How weights are gathered changes between steps; they are gathered at the moment. Finish the backward "
+                "pass, or call `model.reshard()`, first."
+            )
+        for layer, shard in zip(self.layers.values(), shards, strict=True):
+            local = _local_tensor(layer.weight)
+            for hook in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
+                if hasattr(local, hook):
+                    delattr(local, hook)
+            forget_gathers(shard)
+            layer.weight_is_fake_quantized = False
+        self._handle.remove()
+
+    @torch.compiler.disable  # as FSDP2's own hooks are
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        for name, layer in self.layers.items():
+            weight, shard = layer.weight, self._shards[name]
+            # A weight that is whole at the moment was gathered through hooks that are in place.
+            is_shard = isinstance(weight, DTensor) and weight.device_mesh == shard.mesh
+            if is_shard and not hasattr(_local_tensor(weight), "fsdp_pre_all_gather"):
+                _put_hooks(layer, shard.gathered_shape)
+        for scales in {id(layer.global_scales): layer.global_scales for layer in self.layers.values()}.values():
+            scales.refresh_stale()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What stays when a weight's tensor is replaced: the mesh it is sharded over, and its shape when gathered."""
+
+    mesh: Any
+    gathered_shape: torch.Size
+
+
+def _obstacle(layer: QATLinear, parameters: dict[int, Any]) -> str | None:
+    """Why this weight cannot be gathered in 4 bits."""
+    parameter = parameters.get(id(layer.weight))
+    if parameter is None:
+        return "FSDP2 does not shard it, or it is gathered now"
+    if shard_dim(parameter) != 0:
+        return "it is sharded along its columns, which would cut blocks of 16"
+    num_columns = gathered_shape(parameter)[-1]
+    if num_columns % BLOCK_SIZE:
+        return f"tensor parallelism leaves this process {num_columns} columns, which {BLOCK_SIZE} does not divide"
+    return None
+
+
+def _put_hooks(layer: QATLinear, shape: torch.Size) -> None:
+    """The two hooks that FSDP2 looks for, on the local tensor.
+
+    Args:
+        layer: its weight is sharded.
+        shape: ``[N, K]`` of the gathered weight (the rows that tensor parallelism leaves this process).
+    """
+    local = _local_tensor(layer.weight)
+    # The tensor holds the hooks, so they hold neither it nor its module.
+    local_ref, layer_ref = ref(local), ref(layer)
+
+    def fsdp_pre_all_gather(mesh: Any) -> tuple[tuple[torch.Tensor], tuple[torch.Tensor, int]]:
+        # One argument: with the five-argument form FSDP2 compares sizes on those processes alone that have padding.
+        local, layer = local_ref(), layer_ref()
+        assert local is not None and layer is not None
+        num_parts = mesh.size()
+        part = encode_rows(local.detach(), layer.global_decode_scale, num_rows=math.ceil(shape[0] / num_parts))
+        return (part,), (layer.global_decode_scale, num_parts)
+
+    def fsdp_post_all_gather(
+        outputs: tuple[torch.Tensor], metadata: tuple[torch.Tensor, int], dtype: torch.dtype, *, out: Any = None
+    ) -> Any:
+        scale, num_parts = metadata
+        whole = torch.empty(shape, dtype=dtype, device=outputs[0].device) if out is None else out
+        whole = _local_tensor(whole)
+        # To autograd this is the same weight as before: what is gathered again has the same values.
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(whole):
+            decode_rows(outputs[0].view(num_parts, -1), scale, whole)
+        return (whole, (whole,)) if out is None else None
+
+    local.fsdp_pre_all_gather = fsdp_pre_all_gather
+    local.fsdp_post_all_gather = fsdp_post_all_gather
+
+
+def _local_tensor(weight: Any) -> Any:
+    return weight._local_tensor if isinstance(weight, DTensor) else weight

@@ -1,0 +1,27 @@
+"""A function in several processes of one gloo group."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _enter(rank: int, function: Callable[[int], Any], store: str, num_processes: int, results: dict) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_processes)
+    results[rank] = function(rank)
+    dist.destroy_process_group()
+
+
+def in_processes(function: Callable[[int], Any], num_processes: int = 2) -> list:
+    """What `function`, called with the rank, returns on each rank."""
+    with tempfile.NamedTemporaryFile() as store, mp.Manager() as manager:
+        results = manager.dict()
+        arguments = (function, store.name + ".store", num_processes, results)
+        mp.spawn(_enter, args=arguments, nprocs=num_processes)
+        return [results[rank] for rank in range(num_processes)]
