@@ -11,7 +11,9 @@ import torch.multiprocessing as mp
 
 
 def _enter(rank: int, function: Callable[[int], Any], store: str, num_processes: int, results: dict) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # As a launcher sets them: Accelerate looks at these, not at the group.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_processes)
     results[rank] = function(rank)

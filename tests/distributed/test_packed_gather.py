@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny_llama, tiny_qwen3, tokens
 from processes import in_processes
+from sharding import exact_sums, largest_difference, spread, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -42,33 +43,14 @@ class CountedGather(DefaultAllGather):
 
 
 def shard(model, policy=FP32, **kwargs):
-    """One unit a decoder layer; sums are divided after they are taken, which is exact on two processes."""
+    """One unit a decoder layer."""
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy, **kwargs)
     if model.lm_head.weight is model.model.embed_tokens.weight:
         fully_shard([model.model.norm, model.model.embed_tokens, model.lm_head], mp_policy=policy, **kwargs)
     fully_shard(model, mp_policy=policy, **kwargs)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)
+    exact_sums(model)
     return model
-
-
-def spread(model):
-    """Weights of unlike sizes, so that fused siblings have unlike largest magnitudes."""
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.mul_(1 + 0.37 * (number % 5))
-    return model
-
-
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def largest_difference(first, second) -> float:
-    pairs = zip(first, second, strict=True)
-    return max(float((whole(a).detach().float() - whole(b).detach().float()).abs().max()) for a, b in pairs)
 
 
 def train(model, rank: int, *, steps: int = 4, accumulate: int = 1, clip: float | None = None, **optimizer_options):

@@ -1,0 +1,217 @@
+"""The NVFP4 gather through Accelerate and Trainer, in two processes, against fake quantization in forward."""
+
+import tempfile
+from contextlib import contextmanager
+
+import accelerate.state
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from conftest import tiny_qwen3, tokens
+from processes import in_processes
+from sharding import exact_sums, largest_difference, spread
+from transformers import Trainer, TrainingArguments
+
+from hf_nvfp4_qat import NVFP4FSDPCallback, NVFP4FSDPPlugin, prepare_qat, verify_nvfp4
+from hf_nvfp4_qat.distributed.gather_mode import gather_mode
+from hf_nvfp4_qat.distributed.packed_gather import gathers_packed
+
+
+@contextmanager
+def fsdp_on_cpus():
+    """Accelerate takes its FSDP branch on accelerators only; here it takes it on CPUs. The rest is Accelerate's own."""
+    original = accelerate.state.AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            accelerate.state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerate.state.GradientState._reset_state()
+    accelerate.state.AcceleratorState.__init__ = init
+    try:
+        yield
+    finally:
+        accelerate.state.AcceleratorState.__init__ = original
+
+
+def shared_folder() -> str:
+    path = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(path)
+    return path[0]
+
+
+def prepared(rank: int, plugin: FullyShardedDataParallelPlugin, *, tied: bool = True, spoil: bool = False):
+    model = prepare_qat(spread(tiny_qwen3(tie_word_embeddings=tied)).train())
+    if spoil and rank:
+        with torch.no_grad():  # what a process has whose weights come from rank 0
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", fsdp_plugin=plugin)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    exact_sums(model)
+    return accelerator, model, optimizer
+
+
+def steps(accelerator, model, optimizer, rank: int, first: int = 0, num: int = 3) -> list[float]:
+    losses = []
+    for step in range(first, first + num):
+        batch = (tokens() + 7 * rank + step) % 128
+        loss = model(input_ids=batch, labels=batch).loss
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def plugin(cls=NVFP4FSDPPlugin, **options):
+    """TRL's fsdp2.yaml, with the options given."""
+    return cls(**{
+        "fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": True, **options,
+    })  # fmt: skip
+
+
+def _accelerate(rank: int) -> dict:
+    found = {}
+    for name, tied, options in (
+        ("as TRL ships it", True, {}),
+        ("untied", False, {}),
+        ("weights on every process", True, {"cpu_ram_efficient_loading": False}),
+        ("activation checkpointing", True, {"activation_checkpointing": True}),
+        ("kept whole", True, {"reshard_after_forward": False}),
+    ):
+        runs = []
+        for cls in (FullyShardedDataParallelPlugin, NVFP4FSDPPlugin):
+            with fsdp_on_cpus():
+                spoil = options.get("cpu_ram_efficient_loading", True)
+                accelerator, model, optimizer = prepared(rank, plugin(cls, **options), tied=tied, spoil=spoil)
+                runs.append(
+                    (steps(accelerator, model, optimizer, rank), list(model.parameters()), gathers_packed(model))
+                )
+        (losses, masters, _), (packed_losses, packed_masters, is_packed) = runs
+        found[name] = (losses == packed_losses, largest_difference(masters, packed_masters), is_packed)
+    return found
+
+
+@pytest.mark.slow
+def test_accelerate_trains_the_same_weights_with_the_plugin_as_without():
+    for found in in_processes(_accelerate):
+        assert found == dict.fromkeys(found, (True, 0.0, True))
+
+
+def _states(rank: int) -> dict:
+    """Saved and loaded in the middle of a run, in both of Accelerate's formats."""
+    found = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        with fsdp_on_cpus():
+            accelerator, model, optimizer = prepared(rank, plugin(state_dict_type=kind), spoil=True)
+            steps(accelerator, model, optimizer, rank, num=2)
+            folder = shared_folder()
+            accelerator.save_state(folder)
+            expected = steps(accelerator, model, optimizer, rank, first=2)
+            accelerator.load_state(folder)
+            found[kind] = (steps(accelerator, model, optimizer, rank, first=2) == expected, gathers_packed(model))
+    return found
+
+
+@pytest.mark.slow
+def test_accelerates_states_resume_exactly():
+    for found in in_processes(_states):
+        assert found == dict.fromkeys(("FULL_STATE_DICT", "SHARDED_STATE_DICT"), (True, True))
+
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict:
+        ids = torch.randint(0, 128, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": ids, "labels": ids}
+
+
+class ExactSums(NVFP4FSDPCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        exact_sums(model)
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+
+
+def train(folder: str, gather: str, kind: str, resume: str | None = None) -> Trainer:
+    with fsdp_on_cpus():
+        arguments = TrainingArguments(
+            output_dir=folder, use_cpu=True, bf16=True, per_device_train_batch_size=2, max_steps=4, save_steps=2,
+            report_to=[], seed=0, learning_rate=1e-2, disable_tqdm=True, fsdp=True,
+            fsdp_config={"version": 2, "state_dict_type": kind, "cpu_ram_efficient_loading": False},
+        )  # fmt: skip
+        model = prepare_qat(spread(tiny_qwen3()).train())
+        trainer = Trainer(model=model, args=arguments, train_dataset=Data(), callbacks=[ExactSums(gather)])
+        trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def _trainer(rank: int) -> dict:
+    found = {}
+    folder = shared_folder()
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        plain = train(f"{folder}/plain-{kind}", "bf16", kind)
+        packed = train(f"{folder}/packed-{kind}", "packed", kind)
+        resumed = train(f"{folder}/resumed-{kind}", "packed", kind, resume=f"{folder}/packed-{kind}/checkpoint-2")
+        found[kind] = (
+            gathers_packed(packed.model), gathers_packed(plain.model),
+            largest_difference(plain.model.parameters(), packed.model.parameters()),
+            largest_difference(resumed.model.parameters(), packed.model.parameters()),
+        )  # fmt: skip
+        if kind == "FULL_STATE_DICT":
+            packed.save_model(f"{folder}/final")
+            dist.barrier()
+            report = verify_nvfp4(f"{folder}/final", packed.model)
+            found["saved"] = (report.ok, report.num_layers, report.num_compared, str(report))
+    return found
+
+
+@pytest.mark.slow
+def test_trainer_trains_resumes_and_saves_what_it_trained():
+    for found in in_processes(_trainer):
+        saved = found.pop("saved")
+        assert found == dict.fromkeys(found, (True, False, 0.0, 0.0))
+        assert saved[:2] == (True, 14) and saved[2] > 14 * 3, saved[3]
+
+
+def test_the_mode_comes_from_the_argument_then_the_environment(monkeypatch):
+    monkeypatch.delenv("NVFP4_QAT_GATHER", raising=False)
+    assert gather_mode(None) == "auto" and gather_mode("bf16") == "bf16"
+    monkeypatch.setenv("NVFP4_QAT_GATHER", "packed")
+    assert gather_mode(None) == "packed" and gather_mode("bf16") == "bf16"
+    monkeypatch.setenv("NVFP4_QAT_GATHER", "fp4")
+    with pytest.raises(ValueError, match="'fp4'"):
+        NVFP4FSDPCallback()
+
+
+def test_fsdp1_is_refused_if_the_gather_is_asked_for(monkeypatch):
+    monkeypatch.delenv("NVFP4_QAT_GATHER", raising=False)
+    with pytest.raises(ValueError, match="fsdp_version is 1"):
+        NVFP4FSDPPlugin(fsdp_version=1, nvfp4_gather="packed")
+    assert NVFP4FSDPPlugin(fsdp_version=1).nvfp4_gather == "auto"
+
+
+def test_without_fsdp_the_callback_says_so_and_training_goes_on(tmp_path, caplog):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to=[], save_strategy="no")
+    trainer = Trainer(prepare_qat(tiny_qwen3()), arguments, train_dataset=Data(), callbacks=[NVFP4FSDPCallback("auto")])
+    with caplog.at_level("WARNING", logger="hf_nvfp4_qat"):
+        trainer.train()
+    assert "gathered whole" in caplog.text and "fully_shard" in caplog.text
+    trainer = Trainer(
+        prepare_qat(tiny_qwen3()), arguments, train_dataset=Data(), callbacks=[NVFP4FSDPCallback("packed")]
+    )
+    with pytest.raises(ValueError, match="sharded by FSDP2"):
+        trainer.train()
