@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, staged_files, weight_files
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
+from hf_nvfp4_qat.distributed.gather import is_sharded, on_main_process
 from hf_nvfp4_qat.modules.swap import qat_modules
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def save_nvfp4(
     is written in bfloat16. Weights are packed one at a time; the extra memory is one shard. All files appear
     together when complete.
 
+    Of a model sharded by FSDP2 every process must call this, unless a full `state_dict` is given: each packs its rows,
+    packed bytes are gathered, and the first process writes. If it fails, all raise.
+
     Args:
         model: a QAT model.
         path: directory, made if missing.
@@ -55,7 +59,7 @@ def save_nvfp4(
         progress: called after each weight with (weights done, weights in all).
 
     Returns:
-        Names of the files written.
+        Names of the files written by this process.
 
     Raises:
         ValueError: `model` has no QAT layer, weights cannot be packed or are missing, `path` is a file. Nothing is
@@ -68,12 +72,19 @@ def save_nvfp4(
         )
     sources = packed_sources(model, state_dict=state_dict)
     config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
-    with staged_files(path) as staged:
-        write_weights(sources, staged, max_shard_size=max_shard_size, progress=progress)
-        staged.write_json(CONFIG_FILE, config)
-        if model.can_generate():
-            staged.write_json("generation_config.json", model.generation_config.to_diff_dict())
-    return staged.names + _save_remote_code(model, path)
+
+    def write(weights: Iterator[dict[str, torch.Tensor]]) -> list[str]:
+        with staged_files(path) as staged:
+            write_weights(sources, staged, max_shard_size=max_shard_size, progress=progress, weights=weights)
+            staged.write_json(CONFIG_FILE, config)
+            if model.can_generate():
+                staged.write_json("generation_config.json", model.generation_config.to_diff_dict())
+        return staged.names + _save_remote_code(model, path)
+
+    weights = packed_weights(sources, max_shard_size=max_shard_size)
+    if any(source.shard is not None for source in sources):
+        return on_main_process(write, weights)
+    return write(weights)
 
 
 def packed_config(config: Any, *, model: "PreTrainedModel", ignore: list[str]) -> dict[str, Any]:
@@ -97,20 +108,25 @@ def write_weights(
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: Callable[[int, int], None] = lambda num_done, total: None,
+    weights: Iterator[dict[str, torch.Tensor]] | None = None,
 ) -> None:
-    """Pack and write `sources` as model.safetensors, or as shards with an index. One shard is in memory at a time."""
-    by_name = {source.name: source for source in sources}
-    # The planner looks at sizes only, and a weight's three tensors stay together: plan with one blob a weight.
-    blobs = {source.name: torch.empty(source.nbytes, dtype=torch.uint8, device="meta") for source in sources}
-    plan = split_torch_state_dict_into_shards(
-        blobs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
+    """Pack and write `sources` as model.safetensors, or as shards with an index. One shard is in memory at a time.
+
+    Args:
+        sources: what to write.
+        staged: where to.
+        max_shard_size: bytes, or a string such as "5GB".
+        progress: called after each weight with (weights done, weights in all).
+        weights: what ``packed_weights`` gives for the same sources and shard size; packed here if None.
+    """
+    plan = _plan(sources, max_shard_size)
+    weights = packed_weights(sources, max_shard_size=max_shard_size) if weights is None else weights
     weight_map: dict[str, str] = {}
     num_done = 0
     for file, names in plan.filename_to_tensors.items():
         shard: dict[str, torch.Tensor] = {}
-        for name in names:
-            shard.update({key: tensor.cpu() for key, tensor in by_name[name].tensors().items()})
+        for _ in names:
+            shard.update({key: tensor.cpu() for key, tensor in next(weights).items()})
             num_done += 1
             progress(num_done, len(sources))
         save_file(shard, staged.path(file), metadata={"format": "pt"})
@@ -121,6 +137,23 @@ def write_weights(
             "total_parameters": sum(torch.Size(source.shape).numel() for source in sources),
         }
         staged.write_json(INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
+
+
+def packed_weights(sources: list[TensorSource], *, max_shard_size: int | str) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each source, packed when asked for, in the order in which ``write_weights`` writes them."""
+    by_name = {source.name: source for source in sources}
+    for names in _plan(sources, max_shard_size).filename_to_tensors.values():
+        for name in names:
+            yield by_name[name].tensors()
+
+
+def _plan(sources: list[TensorSource], max_shard_size: int | str) -> StateDictSplit:
+    """Which file holds which weight."""
+    # The planner looks at sizes only, and a weight's three tensors stay together: plan with one blob a weight.
+    blobs = {source.name: torch.empty(source.nbytes, dtype=torch.uint8, device="meta") for source in sources}
+    return split_torch_state_dict_into_shards(
+        blobs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
 
 
 def is_training_checkpoint(directory: str | os.PathLike) -> bool:
@@ -155,7 +188,8 @@ class SavePretrained:
 
         Args:
             save_directory: its name decides between master weights and the packed checkpoint.
-            is_main_process: only the main process writes.
+            is_main_process: only the main process writes. A model sharded by FSDP2 takes all processes to save, if no
+                `state_dict` is given.
             state_dict: full master weights by module name; honoured, unlike upstream for quantized models.
             push_to_hub: also upload the directory; `repo_id` and the like are taken from `kwargs`.
             max_shard_size: bytes, or a string such as "5GB".
@@ -188,7 +222,7 @@ class SavePretrained:
             for path, stamp in older.items():
                 if variant is None and weight_files(save_directory).get(path) == stamp:
                     path.unlink()
-        elif is_main_process:
+        elif is_main_process or (state_dict is None and _is_sharded(self.model)):
             hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             if kwargs:
                 logger.warning("Saving a packed checkpoint ignores %s.", ", ".join(sorted(kwargs)))
@@ -197,7 +231,7 @@ class SavePretrained:
                     f"A packed checkpoint has no variants; got variant={variant!r}. Give it a directory of its own."
                 )
             files = save_nvfp4(self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size)
-            if push_to_hub:
+            if push_to_hub and files:
                 self._push(save_directory, files, token=token, **hub_options)
 
     def _push(
@@ -226,6 +260,10 @@ class SavePretrained:
             # Only what this save wrote: the directory may hold optimizer states, logs and anything else.
             allow_patterns=[*files, "README.md"],
         )
+
+
+def _is_sharded(model: "PreTrainedModel") -> bool:
+    return any(is_sharded(layer.weight) for layer in qat_modules(model).values())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
+from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import qat_modules, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
@@ -31,8 +32,9 @@ class TensorSource:
         shape: of the unquantized tensor.
         dtype: the dtype it is written in, if not quantized.
         module_name: its name in the model's state dict; None if it was computed from several weights.
-        load: reads the unquantized tensor.
+        load: reads the unquantized tensor, whole; gathers it if it is sharded.
         global_decode_scale: reads the float32 ``[]`` scale to quantize with; None for what stays as it is.
+        shard: reads the DTensor of a quantized weight that is sharded; None for one that is not.
     """
 
     name: str
@@ -41,6 +43,7 @@ class TensorSource:
     module_name: str | None
     load: Callable[[], torch.Tensor]
     global_decode_scale: Callable[[], torch.Tensor] | None = None
+    shard: Callable[[], torch.Tensor] | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -61,14 +64,21 @@ class TensorSource:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Load and, if quantized, pack: checkpoint name to tensor, on the device of the weight.
 
+        Of a sharded weight every process gets all of it.
+
         Raises:
             ValueError: infinities or NaNs in a weight to be quantized; the message names it.
         """
-        tensor = self.load().detach()
         if self.global_decode_scale is None:
-            return {self.name: tensor.to(self.dtype).contiguous()}
+            return {self.name: self.load().detach().to(self.dtype).contiguous()}
+        scale = self.global_decode_scale()
+        if self.shard is not None:
+            # Its amax was taken over all shards, so every process comes to the same verdict.
+            if not scale.isfinite():
+                raise ValueError(f"{self.name} cannot be packed: it, or a fused sibling, holds an infinity or a NaN.")
+            return to_checkpoint(layer_of(self.name), gather_packed([self.shard()], [scale])[0])
         try:
-            packed = quantize_nvfp4(tensor, global_decode_scale=self.global_decode_scale())
+            packed = quantize_nvfp4(self.load().detach(), global_decode_scale=scale)
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be packed. {error}") from error
         return to_checkpoint(layer_of(self.name), packed)
@@ -78,7 +88,7 @@ def packed_sources(
     model: nn.Module,
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    live: bool = False,
 ) -> list[TensorSource]:
     """Every tensor of a packed checkpoint of `model`, in checkpoint order, still to be loaded and packed.
 
@@ -88,14 +98,14 @@ def packed_sources(
         model: a QAT model; a ``PreTrainedModel`` for checkpoint names other than its module names.
         state_dict: full master weights by module name, if they are not to be taken from the model: FSDP gathers them,
             and an average of weights is none of the model's.
-        gather: makes a weight of the model whole when it is loaded, if the model may be sharded.
+        live: take parameters and buffers as they are, without the state dict that Transformers would save.
 
     Raises:
         ValueError: the number of quantized tensors is not the number of QAT weights.
     """
     layers = {plain_name(name): layer for name, layer in qat_modules(model).items()}
     quantized = {f"{name}.weight" for name in layers}
-    if gather is not None:
+    if live:
         weights = live_weights(model)
     else:
         weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
@@ -106,9 +116,12 @@ def packed_sources(
         given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}
         scales = shared_scales(given)
     sources = []
-    for name, (module_name, shape, load) in checkpoint_entries(model, weights, gather=gather).items():
+    for name, (module_name, shape, load) in checkpoint_entries(model, weights).items():
         layer = layer_of(module_name or "")
         dtype = weights[module_name].dtype if module_name else load().dtype
+        shard = None
+        if module_name in quantized and is_sharded(weights[module_name]):
+            shard = partial(weights.__getitem__, module_name)
         sources.append(
             TensorSource(
                 name=name,
@@ -117,6 +130,7 @@ def packed_sources(
                 module_name=module_name,
                 load=load,
                 global_decode_scale=partial(scales.__getitem__, layer) if module_name in quantized else None,
+                shard=shard,
             )
         )
     check_packed_count(sources, len({id(layer.weight) for layer in layers.values()}))
@@ -173,32 +187,39 @@ def check_packed_count(sources: list[TensorSource], expected: int) -> None:
 
 
 def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state_dict` without what Transformers does not save: tied copies and `_keys_to_ignore_on_save`."""
+    """`state_dict` without what Transformers does not save: tied copies and `_keys_to_ignore_on_save`.
+
+    FSDP2's full state dicts hold a tensor for each name of a tied weight, so equal values count as well as one storage.
+    """
     from transformers.modeling_utils import PreTrainedModel, remove_tied_weights_from_state_dict
 
     if not isinstance(model, PreTrainedModel):
         return dict(state_dict)
     ignored = model._keys_to_ignore_on_save or ()
     kept = {name: tensor for name, tensor in state_dict.items() if name not in ignored}
-    return remove_tied_weights_from_state_dict(kept, model)
+    kept = remove_tied_weights_from_state_dict(kept, model)
+    first_name: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_name.setdefault(id(parameter), name)
+        if first != name and first in kept and name in kept and torch.equal(kept[first], kept[name]):
+            del kept[name]
+    return kept
 
 
 def checkpoint_entries(
     model: nn.Module,
     weights: dict[str, torch.Tensor],
-    *,
-    gather: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, CheckpointEntry]:
     """Checkpoint name to (module name or None, shape, loader), by reversing the loading conversions.
 
     The reversal runs on meta tensors. What comes out as the very tensor that went in was only renamed; what does not
-    was computed from several weights, and is computed again from the real ones when loaded.
+    was computed from several weights, and is computed again from the real ones when loaded. Loading makes shards whole.
     """
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import PreTrainedModel
 
     def load(module_name: str) -> torch.Tensor:
-        return weights[module_name] if gather is None else gather(weights[module_name])
+        return full_tensor(weights[module_name])
 
     if not isinstance(model, PreTrainedModel):
         return {name: (name, tuple(tensor.shape), partial(load, name)) for name, tensor in weights.items()}

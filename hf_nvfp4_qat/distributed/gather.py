@@ -1,13 +1,124 @@
-"""Sharded weights made whole: what packing and rollouts read when FSDP2 holds a part of each."""
+"""Sharded weights made whole, for packing and rollouts: where they are quantized, only packed bytes are gathered.
+
+Every process must call, with the same weights in the same order.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch.distributed.tensor import DTensor
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
+from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.numerics.wire import encode_rows, packed_rows
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def is_sharded(weight: Any) -> bool:
+    """Whether this process may hold a part of the weight only."""
+    return isinstance(weight, DTensor)
 
 
 def full_tensor(weight: torch.Tensor) -> torch.Tensor:
-    """The whole weight on this process; a collective for a sharded one, so every process must ask, in the same order.
+    """The whole weight on this process.
 
     Args:
         weight: a plain tensor (returned as it is) or a DTensor (FSDP2, tensor parallelism).
     """
     return (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach()
+
+
+def own_rows(weight: torch.Tensor, packed: NVFP4Tensor) -> tuple[torch.Tensor, NVFP4Tensor]:
+    """What of a weight ``[N, K]`` sharded by rows this process holds, and the same rows of it in NVFP4.
+
+    A weight that is sharded otherwise is gathered.
+    """
+    axis = _row_axis(weight)
+    if axis is None:
+        return full_tensor(weight), packed
+    assert isinstance(weight, DTensor)
+    own = weight.to_local().detach()
+    first = weight.device_mesh.get_local_rank(axis) * -(-weight.shape[0] // weight.device_mesh.size(axis))
+    rows = slice(first, first + len(own))
+    return own, NVFP4Tensor(packed.packed[rows], packed.block_scale[rows], packed.global_decode_scale)
+
+
+def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequence[torch.Tensor]) -> list[NVFP4Tensor]:
+    """The whole weights in NVFP4: each process encodes its rows, one all-gather moves them all, in 4.5 bits a weight.
+
+    What is not sharded by rows alone (tensor parallelism besides) is gathered whole and then quantized.
+
+    Args:
+        weights: ``[N, K]``, sharded or not.
+        global_decode_scales: float32 ``[]`` each, powers of two or NaN.
+    """
+    packed: dict[int, NVFP4Tensor] = {}
+    by_place: dict[tuple[Any, int], list[int]] = {}
+    for number, weight in enumerate(weights):
+        axis = _row_axis(weight)
+        if axis is None:
+            packed[number] = quantize_unchecked(full_tensor(weight), global_decode_scales[number])
+        else:
+            assert isinstance(weight, DTensor)
+            by_place.setdefault((weight.device_mesh, axis), []).append(number)
+    for (mesh, axis), numbers in by_place.items():
+        num_parts = mesh.size(axis)
+        parts = []
+        for number in numbers:
+            num_rows = -(-weights[number].shape[0] // num_parts)
+            local = weights[number].to_local()  # type: ignore[attr-defined]
+            parts.append(encode_rows(local, global_decode_scales[number], num_rows=num_rows))
+        mine = torch.cat(parts)
+        gathered = mine.new_empty(num_parts * len(mine))
+        dist.all_gather_into_tensor(gathered, mine, group=mesh.get_group(axis))
+        per_weight = gathered.view(num_parts, -1).split([len(part) for part in parts], dim=1)
+        for number, columns in zip(numbers, per_weight, strict=True):
+            packed[number] = packed_rows(columns, global_decode_scales[number], weights[number].shape)
+    return [packed[number] for number in range(len(weights))]
+
+
+def on_main_process(write: Callable[[Iterator[_Item]], list[_Result]], items: Iterator[_Item]) -> list[_Result]:
+    """Let the first process write what all processes make together.
+
+    Args:
+        write: consumes the items, on the first process.
+        items: each takes all processes to make, so all of them go through it to the end, whatever happens to `write`.
+
+    Returns:
+        What `write` returns; an empty list on the other processes.
+
+    Raises:
+        Exception: on the first process what `write` raised, on the others a RuntimeError that says so; on any process
+            what making an item raised.
+    """
+    error: Exception | None = None
+    written: list[_Result] = []
+    try:
+        if dist.get_rank() == 0:
+            written = write(items)
+    except Exception as raised:
+        error = raised
+    try:
+        for _ in items:
+            pass
+    except Exception as raised:
+        error = error or raised
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if failed := [(rank, message) for rank, message in enumerate(messages) if message]:
+        raise RuntimeError(f"Nothing was saved: process {failed[0][0]} failed with {failed[0][1]}")
+    return written
+
+
+def _row_axis(weight: torch.Tensor) -> int | None:
+    """The one axis of its mesh over which a weight is sharded, if that is by rows; else None."""
+    if not isinstance(weight, DTensor):
+        return None
+    sharded = [axis for axis, placement in enumerate(weight.placements) if not isinstance(placement, Replicate)]
+    return sharded[0] if len(sharded) == 1 and weight.placements[sharded[0]] == Shard(0) else None

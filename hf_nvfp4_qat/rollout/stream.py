@@ -13,8 +13,10 @@ library may overwrite a training weight while a sender still reads it. A weight 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, layer_of, quantization_config, to_checkpoint
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
-from hf_nvfp4_qat.distributed.gather import full_tensor
+from hf_nvfp4_qat.distributed.gather import gather_packed, own_rows
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -68,7 +70,7 @@ class RolloutStream:
             ValueError: `model` has no QAT layers, a weight is not finite, siblings differ in their global scale, or the
                 count does not add up.
         """
-        sources = packed_sources(model, gather=full_tensor)
+        sources = packed_sources(model, live=True)
         packed = [source for source in sources if source.global_decode_scale is not None]
         if not packed:
             raise ValueError(
@@ -101,30 +103,55 @@ class RolloutStream:
         """(name, tensor) pairs as `layout` says.
 
         Args:
-            observe: called with the checkpoint name, master weight and packed weight of each quantized one.
+            observe: called with the checkpoint name, master weight and packed weight of each quantized one, or with
+                those rows of both that this process holds.
             fresh: copy pass-through weights that need no conversion. False is for a receiver that has copied
                 everything before the next training step, and saves it a copy of the embedding.
         """
-        for group, layout in zip(self._groups, self._group_layouts, strict=True):
+        gathered: dict[str, NVFP4Tensor] = {}
+        for number, (group, layout) in enumerate(zip(self._groups, self._group_layouts, strict=True)):
             tensors = {}
             for source in group:
-                weight = source.load()
                 if source.global_decode_scale is None:
+                    weight = source.load()
                     tensors[source.name] = weight.to(source.dtype, memory_format=torch.contiguous_format, copy=fresh)
+                    del weight
+                    continue
+                if source.shard is not None:
+                    if source.name not in gathered:
+                        gathered = self._gather_layer(number)
+                    packed = gathered.pop(source.name)
+                    observe(source.name, *own_rows(source.shard(), packed))
                 else:
+                    weight = source.load()
                     packed = quantize_unchecked(weight, source.global_decode_scale())
                     observe(source.name, weight, packed)
-                    tensors |= to_checkpoint(layer_of(source.name), packed)
-                del weight
+                    del weight
+                tensors |= to_checkpoint(layer_of(source.name), packed)
             for item in layout:
                 # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
                 yield item.name, tensors.pop(item.name)
+
+    def _gather_layer(self, number: int) -> dict[str, NVFP4Tensor]:
+        """The sharded weights of group `number` and of the rest of its decoder layer, in one all-gather."""
+        layer = _decoder_layer(self._groups[number][0].name)
+        same_layer = takewhile(lambda group: _decoder_layer(group[0].name) == layer, self._groups[number:])
+        sources = [source for group in same_layer for source in group if source.shard is not None]
+        scales = [source.global_decode_scale() for source in sources if source.global_decode_scale is not None]
+        packed = gather_packed([source.shard() for source in sources if source.shard is not None], scales)
+        return {source.name: tensor for source, tensor in zip(sources, packed, strict=True)}
 
     def weights(self) -> Iterator[tuple[TensorSource, torch.Tensor]]:
         """(source, whole master weight), in the same order, unpacked: to compare an engine with."""
         for group in self._groups:
             for source in group:
                 yield source, source.load()
+
+
+def _decoder_layer(name: str) -> str:
+    """``model.layers.3`` for everything in it; the name itself for what is in no numbered layer."""
+    found = re.match(r".*?\.\d+(?=\.)", name)
+    return found.group() if found else name
 
 
 def _check_scales(packed: list[TensorSource]) -> None:

@@ -1,7 +1,9 @@
 """The NVFP4 gather through Accelerate and Trainer, in two processes, against fake quantization in forward."""
 
+import os
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import accelerate.state
 import pytest
@@ -12,11 +14,14 @@ from accelerate.utils import DistributedType
 from conftest import tiny_qwen3, tokens
 from processes import in_processes
 from sharding import exact_sums, largest_difference, spread
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import ProcessExitedException
 from transformers import Trainer, TrainingArguments
 
-from hf_nvfp4_qat import NVFP4FSDPCallback, NVFP4FSDPPlugin, prepare_qat, verify_nvfp4
+from hf_nvfp4_qat import NVFP4FSDPCallback, NVFP4FSDPPlugin, prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.distributed.gather_mode import gather_mode
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed
+from hf_nvfp4_qat.modules.swap import qat_modules
 
 
 @contextmanager
@@ -185,6 +190,78 @@ def test_trainer_trains_resumes_and_saves_what_it_trained():
         saved = found.pop("saved")
         assert found == dict.fromkeys(found, (True, False, 0.0, 0.0))
         assert saved[:2] == (True, 14) and saved[2] > 14 * 3, saved[3]
+
+
+def _save(rank: int) -> dict:
+    """All processes save together; then the first fails in the middle, then one is killed."""
+    found = {}
+    folder = shared_folder()
+    with fsdp_on_cpus():
+        accelerator, model, optimizer = prepared(rank, plugin(), spoil=True)
+        steps(accelerator, model, optimizer, rank)
+    model.save_pretrained(f"{folder}/together", max_shard_size="20KB")
+    report = verify_nvfp4(f"{folder}/together", model)
+    found["together"] = (report.ok, report.num_layers, report.num_compared > 40)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in Path(f"{folder}/together").iterdir())
+
+    def fail(num_done: int, total: int) -> None:
+        if num_done == 5:
+            raise OSError("disk full")
+
+    try:
+        save_nvfp4(model, f"{folder}/together", progress=fail)
+    except (OSError, RuntimeError) as error:
+        found["failed"] = str(error)
+    dist.barrier()
+    after = sorted((path.name, path.stat().st_mtime_ns) for path in Path(f"{folder}/together").iterdir())
+    found["untouched"] = before == after
+    with torch.no_grad():
+        for layer in qat_modules(model).values():
+            layer.weight.fill_(float("inf"))
+    try:
+        save_nvfp4(model, f"{folder}/infinite")
+    except (ValueError, RuntimeError) as error:
+        found["infinite"] = str(error)
+    found["nothing"] = not Path(f"{folder}/infinite/config.json").exists()
+    return found
+
+
+@pytest.mark.slow
+def test_processes_save_together_and_fail_together():
+    first, second = in_processes(_save)
+    for found in (first, second):
+        assert found["together"] == (True, 14, True) and found["untouched"] and found["nothing"]
+        assert "cannot be packed" in found["infinite"]
+    assert first["failed"] == "disk full" and "process 0 failed with OSError: disk full" in second["failed"]
+
+
+def _die(rank: int) -> None:
+    model = spread(tiny_qwen3())
+    folder = Path(os.environ["FOLDER_OF_TEST"])
+    if rank == 0:
+        prepare_qat(model).save_pretrained(folder)
+    dist.barrier()
+    model = prepare_qat(spread(tiny_qwen3(num_hidden_layers=4)))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+
+    def die(num_done: int, total: int) -> None:
+        if num_done == 10:
+            os._exit(1)
+
+    save_nvfp4(model, folder, max_shard_size="20KB", progress=die)
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_the_older_checkpoint_and_nothing_that_loads_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOLDER_OF_TEST", str(tmp_path))
+    with pytest.raises(ProcessExitedException):
+        in_processes(_die)
+    left_over = [path.name for path in tmp_path.iterdir() if path.name.endswith(".nvfp4-partial")]
+    report = verify_nvfp4(tmp_path, prepare_qat(spread(tiny_qwen3())))
+    assert report.ok and report.num_layers == 14, str(report)
+    assert left_over and not list(tmp_path.glob("*-of-*.safetensors"))
 
 
 def test_the_mode_comes_from_the_argument_then_the_environment(monkeypatch):
