@@ -4,7 +4,8 @@ The scale is module state (a non-persistent fp32 buffer). Forward, gather, expor
 agree. Somebody must write it whenever weights change; that is done here, at three moments:
 
     optimizer.step()            a global post hook of torch.optim refreshes every model whose weights were stepped:
-                                plain loops, Trainer, Accelerate and TRL all end there
+                                plain loops, Trainer, Accelerate and TRL all end there. After an optimizer that steps
+                                something else (ZeRO, FSDP1: flat copies), the next forward refreshes
     load_state_dict, in-place   QATLinear compares its weight's identity and version counter with the ones last
     edits, assignment           seen, before each forward, and refreshes its fused group when they differ
     saving                      refreshes everything first, which also covers edits through `.data`,
@@ -43,7 +44,8 @@ class GlobalScales:
     """The scale groups of one model."""
 
     def __init__(self) -> None:
-        self._groups: dict[str, WeakSet[ScaledModule]] = {}
+        # Members in the order they came: under ZeRO-3 reading a weight gathers it, so all processes must read alike.
+        self._groups: dict[str, WeakKeyDictionary[ScaledModule, None]] = {}
         # Weight (as a weak reference) and version counter at the last refresh, by module.
         self._seen: WeakKeyDictionary[ScaledModule, tuple[ref, int]] = WeakKeyDictionary()
         self._amaxes: dict[tuple[torch.device, Any], GroupAmax] = {}
@@ -61,7 +63,7 @@ class GlobalScales:
 
     def add(self, module: ScaledModule) -> None:
         """Register a module under its `scale_group`."""
-        self._groups.setdefault(module.scale_group, WeakSet()).add(module)
+        self._groups.setdefault(module.scale_group, WeakKeyDictionary())[module] = None
 
     def is_fresh(self, module: ScaledModule) -> bool:
         """Whether the scale of the fused group of `module` was computed from the weights the group has now."""
@@ -120,9 +122,15 @@ class GlobalScales:
             for module in modules:
                 self._seen[module] = (ref(module.weight), weight_version(module.weight))
 
-    def _refresh_stepped(self, stepped: set[int]) -> None:
-        groups = self._groups.items()
-        self._refresh([name for name, group in groups if any(id(module.weight) in stepped for module in group)])
+    def refresh_stepped(self, stepped: set[int]) -> bool:
+        """Refresh the groups of which a weight is among the stepped ones, by id; whether there was any."""
+        groups = [name for name, group in self._groups.items() if any(id(m.weight) in stepped for m in group)]
+        self._refresh(groups)
+        return bool(groups)
+
+    def forget(self) -> None:
+        """Take every scale for stale."""
+        self._seen.clear()
 
 
 def own_part(tensor: Any) -> torch.Tensor:
@@ -160,5 +168,7 @@ def weight_version(weight: Any) -> int:
 def _refresh_stepped_weights(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """After any optimizer's step: refresh the scales of the weights it owns."""
     stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    for scales in list(_live):
-        scales._refresh_stepped(stepped)
+    if not any([scales.refresh_stepped(stepped) for scales in list(_live)]):
+        # ZeRO and FSDP1 step flat copies of the weights, and write the weights themselves where PyTorch does not count.
+        for scales in list(_live):
+            scales.forget()

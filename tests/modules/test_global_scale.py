@@ -9,7 +9,7 @@ from conftest import load_qat, take_step, tokens
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from hf_nvfp4_qat import quantize_nvfp4, refresh_global_scales
+from hf_nvfp4_qat import prepare_qat, quantize_nvfp4, refresh_global_scales
 from hf_nvfp4_qat.checkpoint.names import from_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
@@ -203,3 +203,18 @@ def test_inference_mode_and_weights_made_in_it_work(qwen3_dir):
     with torch.inference_mode():
         model = load_qat(qwen3_dir)
         assert model(tokens()).logits.isfinite().all()
+
+
+def test_an_optimizer_that_steps_flat_copies_leaves_the_next_forward_to_refresh():
+    """As ZeRO does: the optimizer owns a flat tensor, and the weights are written where PyTorch does not count."""
+    layer = prepare_qat(torch.nn.Sequential(torch.nn.Linear(64, 48)))[0]
+    layer(torch.randn(1, 64))
+    before = layer.global_decode_scale.clone()
+    flat = torch.nn.Parameter(layer.weight.detach().flatten().clone())
+    optimizer = torch.optim.SGD([flat], lr=1.0)
+    flat.grad = -99 * flat.detach()
+    optimizer.step()
+    layer.weight.data.copy_(flat.detach().view_as(layer.weight))
+    layer(torch.randn(1, 64))
+    assert layer.global_decode_scale > before
+    assert torch.equal(layer.global_decode_scale, global_decode_scale_of_amax(global_amax(layer.weight)))

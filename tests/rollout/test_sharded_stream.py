@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import tiny_llama, tokens
 from processes import in_processes
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_nvfp4_qat import prepare_qat
+from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
+from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
 
@@ -28,15 +30,40 @@ def _push(rank: int) -> tuple:
     _train(whole)
     _train(sharded)
     stream, expected = RolloutStream(sharded), RolloutStream(whole)
+    sent, observed = [], []
+    all_gather = dist.all_gather_into_tensor
+
+    def counted(output, part, group=None, **kwargs):
+        sent.append(part.nbytes)
+        return all_gather(output, part, group=group, **kwargs)
+
+    dist.all_gather_into_tensor = counted
+    tensors = list(stream.tensors(lambda name, weight, packed: observed.append((name, weight, packed))))
+    dist.all_gather_into_tensor = all_gather
     equal = [
         name == other and torch.equal(tensor.view(torch.uint8), its.view(torch.uint8))
-        for (name, tensor), (other, its) in zip(stream, expected, strict=True)
+        for (name, tensor), (other, its) in zip(tensors, expected, strict=True)
     ]
     is_sharded = all(isinstance(parameter, DTensor) for parameter in sharded.parameters())
-    return (all(equal), len(equal), stream.layout == expected.layout, is_sharded)
+    own_rows_observed = all(
+        torch.equal(fake_quantize_nvfp4(weight, global_decode_scale=packed.global_decode_scale), packed.dequantize())
+        for _, weight, packed in observed
+    )
+    num_weights = sum(layer.weight.numel() for layer in qat_modules(whole).values())
+    # One gather a decoder layer, of half of the rows in 4.5 bits a weight.
+    gathers = (len(sent), sum(sent) == num_weights // 2 * 4.5 / 8)
+    return (
+        all(equal),
+        len(equal),
+        stream.layout == expected.layout,
+        is_sharded,
+        len(observed),
+        own_rows_observed,
+        gathers,
+    )
 
 
 @pytest.mark.slow
 def test_an_fsdp2_model_pushes_what_the_whole_model_would():
     results = in_processes(_push)
-    assert results[0] == results[1] == (True, 63, True, True)
+    assert results[0] == results[1] == (True, 63, True, True, 14, True, (2, True))
