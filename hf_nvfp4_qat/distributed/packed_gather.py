@@ -65,9 +65,9 @@ def use_packed_gather(model: nn.Module) -> GatherReport:
             "`torch.distributed.fsdp.fully_shard` first, or prepare it with Accelerate and `fsdp_version: 2`. DDP, "
             "FSDP1 and ZeRO work without it: weights are fake-quantized in forward there."
         )
-    stop_packed_gather(model)
-    gather = _PackedGather(model)
-    setattr(model, _ATTRIBUTE, gather)
+    if not gathers_packed(model):
+        setattr(model, _ATTRIBUTE, _PackedGather(model))
+    gather = getattr(model, _ATTRIBUTE)
     return GatherReport(len(gather.layers), gather.left_out)
 
 
@@ -77,9 +77,9 @@ def stop_packed_gather(model: nn.Module) -> None:
     Raises:
         ValueError: a weight is gathered at the moment.
     """
-    gather = vars(model).pop(_ATTRIBUTE, None)
-    if gather is not None:
-        gather.stop()
+    if gathers_packed(model):
+        getattr(model, _ATTRIBUTE).stop()
+        delattr(model, _ATTRIBUTE)
 
 
 def gathers_packed(model: nn.Module) -> bool:

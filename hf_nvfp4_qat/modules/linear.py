@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from hf_nvfp4_qat.modules.global_scale import GlobalScales
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, own_part
 from hf_nvfp4_qat.numerics.format import check_weight
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 
@@ -166,9 +166,12 @@ class QATLinear(nn.Linear):
         return _Product.apply(_Kept.apply(input, self.weight), *arguments)
 
     def fake_quantized_weight(self) -> torch.Tensor:
-        """The weight that forward multiplies with, and that is served: bfloat16 ``[N, K]``, no gradient."""
+        """The weight that forward multiplies with, and that is served: bfloat16 ``[N, K]``, no gradient.
+
+        Of a sharded weight, the rows that this process holds.
+        """
         self.global_scales.refresh_if_stale(self)
-        return fake_quantize_unchecked(self.weight.detach(), self.global_decode_scale)
+        return fake_quantize_unchecked(own_part(self.weight).detach(), self.global_decode_scale)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the sizes."""
