@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, staged_files, weight_files
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
-from hf_nvfp4_qat.distributed.gather import is_sharded, on_main_process
+from hf_nvfp4_qat.distributed.gather import is_sharded, on_main_process, reshard
 from hf_nvfp4_qat.modules.swap import qat_modules
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ class SavePretrained:
 
 
 def _is_sharded(model: "PreTrainedModel") -> bool:
-    return any(is_sharded(layer.weight) for layer in qat_modules(model).values())
+    return reshard(model) or any(is_sharded(layer.weight) for layer in qat_modules(model).values())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
-from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded
+from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded, reshard
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import qat_modules, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
@@ -105,6 +105,7 @@ def packed_sources(
     """
     layers = {plain_name(name): layer for name, layer in qat_modules(model).items()}
     quantized = {f"{name}.weight" for name in layers}
+    reshard(model)
     if live:
         weights = live_weights(model)
     else:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo
 
 
 def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
@@ -18,9 +19,15 @@ def fsdp_parameters(model: nn.Module) -> Iterator[Any]:
                 yield from group.fsdp_params if group is not None else ()
 
 
-def shard_dim(parameter: Any) -> int:
-    """The dim along which FSDP2 shards."""
-    return parameter.fsdp_placement.dim
+def why_no_extension(parameter: Any) -> str | None:
+    """Why FSDP2 cannot gather this parameter in a form of ours; None if it can."""
+    if not isinstance(parameter.mesh_info, FSDPMeshInfo):
+        return "it is replicated, not sharded"
+    if parameter.fsdp_placement.dim != 0:
+        return "it is sharded along its columns, which would cut blocks of 16"
+    if parameter.post_forward_mesh_info not in (None, parameter.mesh_info):
+        return "`reshard_after_forward` is a number, and FSDP2 then cuts the gathered bytes as if they were the weight"
+    return None
 
 
 def gathered_shape(parameter: Any) -> torch.Size:
@@ -29,7 +36,9 @@ def gathered_shape(parameter: Any) -> torch.Size:
 
 
 def forget_gathers(parameter: Any) -> None:
-    """Let the next gather allocate anew: FSDP2 sizes a parameter's buffers at its first gather and never again.
+    """Let the next gather allocate anew, after hooks were put on or taken off.
+
+    FSDP2 sizes a parameter's buffers at its first gather and never again.
 
     Raises:
         ValueError: the parameter is gathered at the moment.

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
@@ -21,6 +23,14 @@ _Result = TypeVar("_Result")
 def is_sharded(weight: Any) -> bool:
     """Whether this process may hold a part of the weight only."""
     return isinstance(weight, DTensor)
+
+
+def reshard(model: nn.Module) -> bool:
+    """Put the shards in place of the weights that FSDP2 has left gathered; whether there is any FSDP2 in the model."""
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.reshard()
+    return bool(modules)
 
 
 def full_tensor(weight: torch.Tensor) -> torch.Tensor:
@@ -82,7 +92,10 @@ def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequenc
 
 
 def on_main_process(write: Callable[[Iterator[_Item]], list[_Result]], items: Iterator[_Item]) -> list[_Result]:
-    """Let the first process write what all processes make together.
+    """Let the first process write what all processes of the default group make together.
+
+    An error that one process alone meets while it makes an item (it ran out of memory, say) leaves the others waiting
+    for it, as any collective does.
 
     Args:
         write: consumes the items, on the first process.

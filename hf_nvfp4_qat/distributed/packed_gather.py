@@ -18,7 +18,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_nvfp4_qat.distributed.fsdp_versions import forget_gathers, fsdp_parameters, gathered_shape, shard_dim
+from hf_nvfp4_qat.distributed.fsdp_versions import (
+    forget_gathers,
+    fsdp_parameters,
+    gathered_shape,
+    why_no_extension,
+)
 from hf_nvfp4_qat.modules.global_scale import own_part
 from hf_nvfp4_qat.modules.linear import QATLinear
 from hf_nvfp4_qat.modules.swap import qat_modules
@@ -111,16 +116,17 @@ class _PackedGather:
                     "`fsdp_offload_params` off, or set NVFP4_QAT_GATHER=bf16."
                 )
             self._shards[name] = _Shard(weight.device_mesh, gathered_shape(parameter))
-        for layer in self.layers.values():
-            forget_gathers(parameters[id(layer.weight)])
         for name, layer in self.layers.items():
             # Tensor parallelism makes DTensors of buffers too; the scale is whole on every process.
             layer.global_decode_scale = own_part(layer.global_decode_scale)
             _put_hooks(layer, self._shards[name].gathered_shape)
+            forget_gathers(parameters[id(layer.weight)])
             layer.weight_is_fake_quantized = True
         self._model = ref(model)
         # Before FSDP2's own hook: scales and ours must be ready when the first weight is gathered.
         self._handle = model.register_forward_pre_hook(self._before_forward, prepend=True)
+        # Now too: put on by a hook of the first forward, this one would run from the second on.
+        self._before_forward(model, ())
 
     def stop(self) -> None:
         """Take the hooks off; the next gather is FSDP2's own."""
@@ -166,8 +172,8 @@ def _obstacle(layer: QATLinear, parameters: dict[int, Any]) -> str | None:
     parameter = parameters.get(id(layer.weight))
     if parameter is None:
         return "FSDP2 does not shard it, or it is gathered now"
-    if shard_dim(parameter) != 0:
-        return "it is sharded along its columns, which would cut blocks of 16"
+    if reason := why_no_extension(parameter):
+        return reason
     num_columns = gathered_shape(parameter)[-1]
     if num_columns % BLOCK_SIZE:
         return f"tensor parallelism leaves this process {num_columns} columns, which {BLOCK_SIZE} does not divide"

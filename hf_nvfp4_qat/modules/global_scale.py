@@ -46,8 +46,8 @@ class GlobalScales:
     def __init__(self) -> None:
         # Members in the order they came: under ZeRO-3 reading a weight gathers it, so all processes must read alike.
         self._groups: dict[str, WeakKeyDictionary[ScaledModule, None]] = {}
-        # Weight (as a weak reference) and version counter at the last refresh, by module.
-        self._seen: WeakKeyDictionary[ScaledModule, tuple[ref, int]] = WeakKeyDictionary()
+        # Weight, its version counter and the scale's tensor at the last refresh, by module; tensors weakly.
+        self._seen: WeakKeyDictionary[ScaledModule, tuple[ref, int, ref]] = WeakKeyDictionary()
         self._amaxes: dict[tuple[torch.device, Any], GroupAmax] = {}
         _live.add(self)
         global _optimizer_hook
@@ -88,7 +88,9 @@ class GlobalScales:
         self._refresh(self._groups)
 
     def _is_seen(self, module: ScaledModule) -> bool:
-        seen, version = self._seen.get(module, (_nothing, 0))
+        seen, version, scale = self._seen.get(module, (_nothing, 0, _nothing))
+        if scale() is not module.global_decode_scale:
+            return False  # the buffer was replaced: Accelerate puts old ones back after loading, `.to` makes new ones
         last, weight = seen(), module.weight
         if isinstance(last, DTensor) and _mesh(last) != _mesh(weight):
             # FSDP2 has put the gathered weight in the place of the shard that the scale was computed from.
@@ -103,7 +105,8 @@ class GlobalScales:
             # Offloaded weights are on the meta device between forwards and have nothing to read.
             members = [module for module in self._groups[group] if module.weight.device.type != "meta"]
             if members:
-                by_place.setdefault((members[0].weight.device, _mesh(members[0].weight)), []).append(members)
+                mesh = next((mesh for module in members if (mesh := _mesh(module.weight)) is not None), None)
+                by_place.setdefault((members[0].weight.device, mesh), []).append(members)
         for place, grouped in by_place.items():
             modules = [module for members in grouped for module in members]
             first_groups = [position for position, members in enumerate(grouped) for _ in members]
@@ -120,7 +123,9 @@ class GlobalScales:
                 [scales[group] for group in first_groups],
             )
             for module in modules:
-                self._seen[module] = (ref(module.weight), weight_version(module.weight))
+                if module.global_decode_scale.device.type != "meta":  # else there is nothing to have written to
+                    version = weight_version(module.weight)
+                    self._seen[module] = (ref(module.weight), version, ref(module.global_decode_scale))
 
     def refresh_stepped(self, stepped: set[int]) -> bool:
         """Refresh the groups of which a weight is among the stepped ones, by id; whether there was any."""

@@ -181,6 +181,7 @@ class QATLinear(nn.Linear):
         # Copies and unpickled layers register with the scales they were copied with.
         super().__setstate__(state)
         self.global_scales.add(self)
+        vars(self).pop("weight_is_fake_quantized", None)  # a copy has no hooks that see to it
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATLinear":
         scale = self.global_decode_scale

@@ -31,6 +31,7 @@ def encode_rows(weight: torch.Tensor, global_decode_scale: torch.Tensor, *, num_
     Returns:
         uint8 of ``sum(part_num_bytes(num_rows, weight.shape[1:]))`` bytes; padding is not written.
     """
+    assert len(weight) <= num_rows, (weight.shape, num_rows)
     codes_bytes, scales_bytes = part_num_bytes(num_rows, weight.shape[1:])
     part = torch.empty(codes_bytes + scales_bytes, dtype=torch.uint8, device=weight.device)
     if not weight.numel():

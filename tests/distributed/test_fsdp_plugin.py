@@ -18,7 +18,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessExitedException
 from transformers import Trainer, TrainingArguments
 
-from hf_nvfp4_qat import NVFP4FSDPCallback, NVFP4FSDPPlugin, prepare_qat, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat import (
+    NVFP4FSDPCallback,
+    NVFP4FSDPPlugin,
+    prepare_qat,
+    refresh_global_scales,
+    save_nvfp4,
+    verify_nvfp4,
+)
 from hf_nvfp4_qat.distributed.gather_mode import gather_mode
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed
 from hf_nvfp4_qat.modules.swap import qat_modules
@@ -54,11 +61,12 @@ def shared_folder() -> str:
 
 
 def prepared(rank: int, plugin: FullyShardedDataParallelPlugin, *, tied: bool = True, spoil: bool = False):
-    model = prepare_qat(spread(tiny_qwen3(tie_word_embeddings=tied)).train())
+    model = spread(tiny_qwen3(tie_word_embeddings=tied)).train()
     if spoil and rank:
         with torch.no_grad():  # what a process has whose weights come from rank 0
             for parameter in model.parameters():
-                parameter.fill_(float("nan"))
+                parameter.zero_()
+    model = prepare_qat(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", fsdp_plugin=plugin)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -101,11 +109,16 @@ def _accelerate(rank: int) -> dict:
             with fsdp_on_cpus():
                 spoil = options.get("cpu_ram_efficient_loading", True)
                 accelerator, model, optimizer = prepared(rank, plugin(cls, **options), tied=tied, spoil=spoil)
-                runs.append(
-                    (steps(accelerator, model, optimizer, rank), list(model.parameters()), gathers_packed(model))
-                )
-        (losses, masters, _), (packed_losses, packed_masters, is_packed) = runs
-        found[name] = (losses == packed_losses, largest_difference(masters, packed_masters), is_packed)
+                with torch.no_grad():
+                    model(input_ids=tokens())
+                scales = [layer.global_decode_scale.clone() for layer in qat_modules(model).values()]
+                refresh_global_scales(model)
+                fresh = scales == [layer.global_decode_scale for layer in qat_modules(model).values()]
+                losses = steps(accelerator, model, optimizer, rank)
+                runs.append((losses, list(model.parameters()), gathers_packed(model), fresh))
+        (losses, masters, _, fresh), (packed_losses, packed_masters, is_packed, packed_fresh) = runs
+        same = losses == packed_losses and fresh and packed_fresh
+        found[name] = (same, largest_difference(masters, packed_masters), is_packed)
     return found
 
 

@@ -9,6 +9,7 @@ from conftest import tiny_llama, tiny_qwen3, tokens
 from processes import in_processes
 from sharding import exact_sums, largest_difference, spread, whole
 from torch import nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -271,6 +272,11 @@ def _lives(rank: int) -> dict:
         use_packed_gather(model) if packed else stop_packed_gather(model)
         assert gathers_packed(model) == packed
         found["switching"].append(losses_differ())
+    late = shard(prepare_qat(spread(tiny_qwen3()).train()), BF16)
+    another = shard(prepare_qat(spread(tiny_qwen3()).train()), BF16)
+    found["late"] = train(late, rank, steps=1)[0] == train(another, rank, steps=1)[0]
+    use_packed_gather(late)
+    found["late"] &= train(late, rank, steps=1)[0] == train(another, rank, steps=1)[0]
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     hooked = [hasattr(layer.weight._local_tensor, "fsdp_pre_all_gather") for layer in qat_modules(model).values()]
     with torch.no_grad():
@@ -295,7 +301,7 @@ def _lives(rank: int) -> dict:
 @pytest.mark.slow
 def test_switching_replaced_tensors_edits_and_generation():
     for found in in_processes(_lives):
-        assert found["again"] and found["switching"] == [0.0, 0.0, 0.0] and found["edited"] == 0.0
+        assert found["again"] and found["late"] and found["switching"] == [0.0, 0.0, 0.0] and found["edited"] == 0.0
         assert found["assign"] == (False, True, 0.0) and found["generated"] == 4
 
 
@@ -353,6 +359,7 @@ def _refusals(rank: int) -> dict[str, str]:
         fully_shard(layer, shard_placement_fn=lambda parameter: Shard(1) if parameter.ndim == 2 else Shard(0))
     fully_shard(columns)
     message("by columns", lambda: use_packed_gather(columns))
+    message("replicated", lambda: use_packed_gather(replicate(prepare_qat(tiny_qwen3()))))
     return found
 
 
@@ -362,6 +369,7 @@ def test_what_is_not_supported_is_refused_with_the_way_out():
         assert "fully_shard" in found["not sharded"] and "none of 0" in found["no qat"]
         assert "NVFP4_QAT_GATHER=bf16" in found["offloaded"]
         assert "gathered" in found["in use"] and "columns" in found["by columns"]
+        assert "replicated" in found["replicated"]
 
 
 def _alone(rank: int) -> dict:

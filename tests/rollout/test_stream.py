@@ -114,7 +114,7 @@ def test_a_weight_with_nan_is_refused_by_name_before_anything_is_sent(qat_model)
 
 def test_siblings_with_different_scales_are_refused(qat_model):
     layer = qat_model.model.layers[0].self_attn.k_proj
-    layer.global_scales._groups["model.layers.0.self_attn.qkv_proj"].discard(layer)
+    layer.global_scales._groups["model.layers.0.self_attn.qkv_proj"].pop(layer)
     layer.scale_group = "alone"
     layer.global_scales.add(layer)
     with torch.no_grad():
