@@ -9,7 +9,6 @@ from conftest import tiny_llama, tiny_qwen3, tokens
 from processes import in_processes
 from sharding import exact_sums, largest_difference, spread, whole
 from torch import nn
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -339,6 +338,8 @@ def test_autograd_holds_no_more_than_without_qat():
 
 
 def _refusals(rank: int) -> dict[str, str]:
+    from torch.distributed._composable.replicate_with_fsdp import replicate  # not in PyTorch 2.11
+
     found = {}
 
     def message(name: str, function: Callable[[], object]) -> None:
