@@ -16,9 +16,9 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 import typer
+from counted_gather import CountedGather, count_gathers
 from report import plot_bars, record
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from hf_nvfp4_qat import prepare_qat
@@ -26,16 +26,6 @@ from hf_nvfp4_qat.distributed.packed_gather import use_packed_gather
 
 KINDS = ("BF16", "QAT in forward", "QAT, packed gather")
 POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-
-
-class CountedGather(DefaultAllGather):
-    """Counts the bytes that this process sends."""
-
-    num_bytes = 0
-
-    def __call__(self, output_tensor, input_tensor, group, async_op=False):
-        self.num_bytes += input_tensor.nbytes
-        return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
 def make_model(kind: str, num_layers: int, *, checkpointing: bool) -> tuple[torch.nn.Module, CountedGather]:
@@ -60,13 +50,9 @@ def make_model(kind: str, num_layers: int, *, checkpointing: bool) -> tuple[torc
         # Not a weight, so still empty.
         rotary = model.model.rotary_emb
         rotary.inv_freq.copy_(1e6 ** (-torch.arange(0, 128, 2, device="cuda") / 128))
-    counted = CountedGather()
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(counted)
     if kind == KINDS[2]:
         use_packed_gather(model)
-    return model.train(), counted
+    return model.train(), count_gathers(model)
 
 
 def measure(kind: str, num_layers: int, num_tokens: int, steps: int, *, checkpointing: bool) -> dict:

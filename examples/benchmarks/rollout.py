@@ -10,18 +10,15 @@ does in colocate mode: ``load_weights`` for one tensor after the other. Prints a
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
+from report import record
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
 GIB = 2**30
 
 
@@ -139,38 +136,34 @@ def write_profile(function, path: str) -> None:
         pstats.Stats(profile, stream=file).sort_stats("tottime").print_stats(40)
 
 
-def as_table(bf16: dict, nvfp4: dict, options: argparse.Namespace) -> str:
-    """The markdown section for RESULTS.md."""
+def report(bf16: dict, nvfp4: dict, num_layers: int) -> None:
+    """Both engines' numbers, side by side."""
     import transformers
     import vllm
 
-    gpu = torch.cuda.get_device_name()
     rows = [
-        ("engine weights, GiB", f"{bf16['weights_gib']:.2f}", f"{nvfp4['weights_gib']:.2f}"),
-        ("pushed, GiB", f"{bf16['bytes_gib']:.2f}", f"{nvfp4['bytes_gib']:.2f}"),
-        ("push, s (median, the first apart)", f"{bf16['push']['median']:.3f}", f"{nvfp4['push']['median']:.3f}"),
-        ("first push, s (checks the engine's layout)", f"{bf16['push']['first']:.3f}", f"{nvfp4['push']['first']:.3f}"),
-        ("of it: refresh of scales and plan, s", "", f"{nvfp4['plan']['median']:.3f}"),
-        ("of it: plan and packing on the GPU, s", "", f"{nvfp4['pack']['median']:.3f}"),
-        ("extra memory at its peak, GiB", f"{bf16['push']['extra_gib']:.2f}", f"{nvfp4['push']['extra_gib']:.2f}"),
+        ["engine weights, GiB", f"{bf16['weights_gib']:.2f}", f"{nvfp4['weights_gib']:.2f}"],
+        ["pushed, GiB", f"{bf16['bytes_gib']:.2f}", f"{nvfp4['bytes_gib']:.2f}"],
+        ["push, s (median, the first apart)", f"{bf16['push']['median']:.3f}", f"{nvfp4['push']['median']:.3f}"],
+        ["first push, s (checks the engine's layout)", f"{bf16['push']['first']:.3f}", f"{nvfp4['push']['first']:.3f}"],
+        ["of it: refresh of scales and plan, s", "", f"{nvfp4['plan']['median']:.3f}"],
+        ["of it: plan and packing on the GPU, s", "", f"{nvfp4['pack']['median']:.3f}"],
+        ["extra memory at its peak, GiB", f"{bf16['push']['extra_gib']:.2f}", f"{nvfp4['push']['extra_gib']:.2f}"],
         *(
-            (f"decode, tokens/s, batch {batch}", f"{bf16['decode'][batch]:.0f}", f"{nvfp4['decode'][batch]:.0f}")
+            [f"decode, tokens/s, batch {batch}", f"{bf16['decode'][batch]:.0f}", f"{nvfp4['decode'][batch]:.0f}"]
             for batch in bf16["decode"]
         ),
     ]  # fmt: skip
     check = nvfp4["check"]
-    lines = [
-        f"\n### Rollouts: Qwen3-8B shape, {options.layers} layers, {gpu}\n",
-        f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}, vllm {vllm.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}, kernel {nvfp4['kernel']}; "
-        f"`{' '.join(['python', 'examples/benchmarks/rollout.py', *sys.argv[1:]])}`\n",
-        "| | BF16 | NVFP4 W4A16 |\n|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        f"\nLargest tensor: {nvfp4['largest_tensor_gib']:.2f} GiB. Check of the engine through its GEMMs: "
+    record(
+        f"Rollouts: Qwen3-8B shape, {num_layers} layers",
+        ["", "BF16", "NVFP4 W4A16"],
+        rows,
+        notes=f"vllm {vllm.__version__}, transformers {transformers.__version__}, kernel {nvfp4['kernel']}. "
+        f"Largest tensor: {nvfp4['largest_tensor_gib']:.2f} GiB. Check of the engine through its GEMMs: "
         f"{check['different']} of {check['values']:,} values differ, {check['seconds']:.1f} s. "
         "Decode: 128 tokens in, 256 out.",
-    ]
-    return "\n".join(lines) + "\n"
+    )
 
 
 def main() -> None:
@@ -196,10 +189,7 @@ def main() -> None:
             raise SystemExit(f"The {engine} engine gave no result (exit {done.returncode}):\n{done.stdout[-4000:]}")
         found[engine] = json.loads(line.removeprefix("RESULT "))
         print(json.dumps({engine: found[engine]}), flush=True)
-    table = as_table(found["bf16"], found["nvfp4"], options)
-    print(table)
-    with RESULTS.open("a", encoding="utf-8") as file:
-        file.write(table)
+    report(found["bf16"], found["nvfp4"], options.layers)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,13 @@ from hf_nvfp4_qat.checkpoint.names import (
     layer_of,
     quantized_layers,
 )
-from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, packed_config, write_weights
+from hf_nvfp4_qat.checkpoint.save import (
+    DEFAULT_SHARD_SIZE,
+    packed_config,
+    packed_weights,
+    plan_files,
+    write_weights,
+)
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, skeleton
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, served_dtype, shared_scales
 from hf_nvfp4_qat.modules.swap import qat_modules, swap_linears
@@ -112,8 +118,9 @@ def quantize_checkpoint(
         ValueError: bad input; nothing is written then.
     """
     sources, model, reader = ptq_sources(resolve_checkpoint(source), preset=preset, exclude=exclude, progress=progress)
+    files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:
-        write_weights(sources, staged, max_shard_size=max_shard_size, progress=partial(progress, "packing"))
+        write_weights(files, packed_weights(files), staged, progress=partial(progress, "packing"))
         _copy_other_files(reader.directory, staged)
         config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
         staged.write_json(CONFIG_FILE, config)
@@ -150,8 +157,9 @@ def dequantize_checkpoint(
         load = partial(_decode, layer, reader)
         sources.append(TensorSource(f"{layer}.weight", (rows, 2 * half_columns), SERVED_DTYPE, None, load))
     config = {key: value for key, value in reader.config().items() if key != "quantization_config"}
+    files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:
-        write_weights(sources, staged, max_shard_size=max_shard_size, progress=partial(progress, "decoding"))
+        write_weights(files, packed_weights(files), staged, progress=partial(progress, "decoding"))
         _copy_other_files(reader.directory, staged)
         staged.write_json(CONFIG_FILE, config)
     return len(layers)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, staged_files, weight_files
@@ -72,16 +72,17 @@ def save_nvfp4(
         )
     sources = packed_sources(model, state_dict=state_dict)
     config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
+    files = plan_files(sources, max_shard_size=max_shard_size)
 
     def write(weights: Iterator[dict[str, torch.Tensor]]) -> list[str]:
         with staged_files(path) as staged:
-            write_weights(sources, staged, max_shard_size=max_shard_size, progress=progress, weights=weights)
+            write_weights(files, weights, staged, progress=progress)
             staged.write_json(CONFIG_FILE, config)
             if model.can_generate():
                 staged.write_json("generation_config.json", model.generation_config.to_diff_dict())
         return staged.names + _save_remote_code(model, path)
 
-    weights = packed_weights(sources, max_shard_size=max_shard_size)
+    weights = packed_weights(files)
     if any(source.shard is not None for source in sources):
         return on_main_process(write, weights)
     return write(weights)
@@ -102,58 +103,59 @@ def packed_config(config: Any, *, model: "PreTrainedModel", ignore: list[str]) -
     return config.to_diff_dict()
 
 
-def write_weights(
-    sources: list[TensorSource],
-    staged: StagedFiles,
-    *,
-    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    progress: Callable[[int, int], None] = lambda num_done, total: None,
-    weights: Iterator[dict[str, torch.Tensor]] | None = None,
-) -> None:
-    """Pack and write `sources` as model.safetensors, or as shards with an index. One shard is in memory at a time.
+def plan_files(sources: list[TensorSource], *, max_shard_size: int | str) -> dict[str, list[TensorSource]]:
+    """Which weights go into which file, in the order in which they are written.
 
     Args:
         sources: what to write.
-        staged: where to.
         max_shard_size: bytes, or a string such as "5GB".
-        progress: called after each weight with (weights done, weights in all).
-        weights: what ``packed_weights`` gives for the same sources and shard size; packed here if None.
     """
-    plan = _plan(sources, max_shard_size)
-    weights = packed_weights(sources, max_shard_size=max_shard_size) if weights is None else weights
+    by_name = {source.name: source for source in sources}
+    # The planner looks at sizes only, and a weight's three tensors stay together: plan with one blob a weight.
+    blobs = {source.name: torch.empty(source.nbytes, dtype=torch.uint8, device="meta") for source in sources}
+    plan = split_torch_state_dict_into_shards(
+        blobs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    return {file: [by_name[name] for name in names] for file, names in plan.filename_to_tensors.items()}
+
+
+def packed_weights(files: dict[str, list[TensorSource]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors of each weight, packed when asked for, in the order of the plan."""
+    return (source.tensors() for sources in files.values() for source in sources)
+
+
+def write_weights(
+    files: dict[str, list[TensorSource]],
+    weights: Iterator[dict[str, torch.Tensor]],
+    staged: StagedFiles,
+    *,
+    progress: Callable[[int, int], None] = lambda num_done, total: None,
+) -> None:
+    """Write model.safetensors, or shards with an index. One shard is in memory at a time.
+
+    Args:
+        files: what ``plan_files`` gives.
+        weights: what ``packed_weights`` gives for it.
+        staged: where to.
+        progress: called after each weight with (weights done, weights in all).
+    """
+    sources = [source for contents in files.values() for source in contents]
     weight_map: dict[str, str] = {}
     num_done = 0
-    for file, names in plan.filename_to_tensors.items():
+    for file, contents in files.items():
         shard: dict[str, torch.Tensor] = {}
-        for _ in names:
+        for _ in contents:
             shard.update({key: tensor.cpu() for key, tensor in next(weights).items()})
             num_done += 1
             progress(num_done, len(sources))
         save_file(shard, staged.path(file), metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file))
-    if plan.is_sharded:
+    if len(files) > 1:
         metadata = {
             "total_size": sum(source.nbytes for source in sources),
             "total_parameters": sum(torch.Size(source.shape).numel() for source in sources),
         }
         staged.write_json(INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
-
-
-def packed_weights(sources: list[TensorSource], *, max_shard_size: int | str) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each source, packed when asked for, in the order in which ``write_weights`` writes them."""
-    by_name = {source.name: source for source in sources}
-    for names in _plan(sources, max_shard_size).filename_to_tensors.values():
-        for name in names:
-            yield by_name[name].tensors()
-
-
-def _plan(sources: list[TensorSource], max_shard_size: int | str) -> StateDictSplit:
-    """Which file holds which weight."""
-    # The planner looks at sizes only, and a weight's three tensors stay together: plan with one blob a weight.
-    blobs = {source.name: torch.empty(source.nbytes, dtype=torch.uint8, device="meta") for source in sources}
-    return split_torch_state_dict_into_shards(
-        blobs, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
-    )
 
 
 def is_training_checkpoint(directory: str | os.PathLike) -> bool:
@@ -263,7 +265,8 @@ class SavePretrained:
 
 
 def _is_sharded(model: "PreTrainedModel") -> bool:
-    return reshard(model) or any(is_sharded(layer.weight) for layer in qat_modules(model).values())
+    reshard(model)
+    return any(is_sharded(layer.weight) for layer in qat_modules(model).values())
 
 
 @contextmanager

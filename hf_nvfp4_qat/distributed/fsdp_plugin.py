@@ -4,7 +4,6 @@ Accelerate calls one method of the plugin with the model, `set_auto_wrap_policy`
 method waits for the model's first forward: global hooks run before FSDP2's own, hence before the first gather.
 """
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
@@ -13,10 +12,8 @@ from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from hf_nvfp4_qat.distributed.gather_mode import apply_gather_mode, gather_mode
+from hf_nvfp4_qat.distributed.gather_mode import apply_gather_mode, gather_mode, unwrapped
 from hf_nvfp4_qat.modules.swap import qat_modules
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,7 +51,7 @@ class NVFP4FSDPPlugin(FullyShardedDataParallelPlugin):
         model_ref = ref(model)
 
         def before_first_forward(module: nn.Module, args: Any) -> None:
-            if getattr(module, "_orig_mod", module) is model_ref():
+            if unwrapped(module) is model_ref():
                 handle.remove()
                 apply_gather_mode(module, self.nvfp4_gather or "auto")
 

@@ -12,9 +12,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hf_nvfp4_qat.modules.global_scale import own_part
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-from hf_nvfp4_qat.numerics.wire import encode_rows, packed_rows
+from hf_nvfp4_qat.numerics.wire import encode_rows, packed_rows, part_num_rows
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -25,12 +26,11 @@ def is_sharded(weight: Any) -> bool:
     return isinstance(weight, DTensor)
 
 
-def reshard(model: nn.Module) -> bool:
-    """Put the shards in place of the weights that FSDP2 has left gathered; whether there is any FSDP2 in the model."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.reshard()
-    return bool(modules)
+def reshard(model: nn.Module) -> None:
+    """Put the shards in place of the weights that FSDP2 has left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_tensor(weight: torch.Tensor) -> torch.Tensor:
@@ -51,8 +51,9 @@ def own_rows(weight: torch.Tensor, packed: NVFP4Tensor) -> tuple[torch.Tensor, N
     if axis is None:
         return full_tensor(weight), packed
     assert isinstance(weight, DTensor)
-    own = weight.to_local().detach()
-    first = weight.device_mesh.get_local_rank(axis) * -(-weight.shape[0] // weight.device_mesh.size(axis))
+    own = own_part(weight).detach()
+    num_rows = part_num_rows(weight.shape[0], weight.device_mesh.size(axis))
+    first = weight.device_mesh.get_local_rank(axis) * num_rows
     rows = slice(first, first + len(own))
     return own, NVFP4Tensor(packed.packed[rows], packed.block_scale[rows], packed.global_decode_scale)
 
@@ -79,9 +80,9 @@ def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequenc
         num_parts = mesh.size(axis)
         parts = []
         for number in numbers:
-            num_rows = -(-weights[number].shape[0] // num_parts)
-            local = weights[number].to_local()  # type: ignore[attr-defined]
-            parts.append(encode_rows(local, global_decode_scales[number], num_rows=num_rows))
+            num_rows = part_num_rows(weights[number].shape[0], num_parts)
+            own = own_part(weights[number])
+            parts.append(encode_rows(own, global_decode_scales[number], num_rows=num_rows))
         mine = torch.cat(parts)
         gathered = mine.new_empty(num_parts * len(mine))
         dist.all_gather_into_tensor(gathered, mine, group=mesh.get_group(axis))

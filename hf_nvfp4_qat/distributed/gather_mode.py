@@ -44,7 +44,7 @@ def apply_gather_mode(model: nn.Module, mode: str) -> None:
     Raises:
         ValueError: "packed" where it cannot be.
     """
-    root = _unwrapped(model)
+    root = unwrapped(model)
     if mode == "bf16":
         stop_packed_gather(root)
         return
@@ -59,6 +59,6 @@ def apply_gather_mode(model: nn.Module, mode: str) -> None:
         log("%s.", report)
 
 
-def _unwrapped(model: Any) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """Without what torch.compile puts around a model."""
     return getattr(model, "_orig_mod", model)

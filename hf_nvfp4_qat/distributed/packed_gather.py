@@ -8,7 +8,6 @@ The hooks are attributes of plain tensors (nothing subclasses torch.Tensor), and
 is replaced: by ``load_state_dict(assign=True)`` and ``.to``. So they are looked for, and put back, before each forward.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 from weakref import ref
@@ -28,7 +27,7 @@ from hf_nvfp4_qat.modules.global_scale import own_part
 from hf_nvfp4_qat.modules.linear import QATLinear
 from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
-from hf_nvfp4_qat.numerics.wire import decode_rows, encode_rows
+from hf_nvfp4_qat.numerics.wire import decode_rows, encode_rows, part_num_rows
 
 _ATTRIBUTE = "nvfp4_packed_gather"
 
@@ -196,7 +195,8 @@ def _put_hooks(layer: QATLinear, shape: torch.Size) -> None:
         local, layer = local_ref(), layer_ref()
         assert local is not None and layer is not None
         num_parts = mesh.size()
-        part = encode_rows(local.detach(), layer.global_decode_scale, num_rows=math.ceil(shape[0] / num_parts))
+        num_rows = part_num_rows(shape[0], num_parts)
+        part = encode_rows(local.detach(), layer.global_decode_scale, num_rows=num_rows)
         return (part,), (layer.global_decode_scale, num_parts)
 
     def fsdp_post_all_gather(

@@ -49,6 +49,8 @@ class GlobalScales:
         # Weight, its version counter and the scale's tensor at the last refresh, by module; tensors weakly.
         self._seen: WeakKeyDictionary[ScaledModule, tuple[ref, int, ref]] = WeakKeyDictionary()
         self._amaxes: dict[tuple[torch.device, Any], GroupAmax] = {}
+        # Whether an optimizer was ever seen to own one of the weights themselves.
+        self.is_stepped = False
         _live.add(self)
         global _optimizer_hook
         if _optimizer_hook is None:
@@ -131,6 +133,7 @@ class GlobalScales:
         """Refresh the groups of which a weight is among the stepped ones, by id; whether there was any."""
         groups = [name for name, group in self._groups.items() if any(id(m.weight) in stepped for m in group)]
         self._refresh(groups)
+        self.is_stepped |= bool(groups)
         return bool(groups)
 
     def forget(self) -> None:
@@ -175,5 +178,7 @@ def _refresh_stepped_weights(optimizer: torch.optim.Optimizer, args: tuple, kwar
     stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
     if not any([scales.refresh_stepped(stepped) for scales in list(_live)]):
         # ZeRO and FSDP1 step flat copies of the weights, and write the weights themselves where PyTorch does not count.
+        # A second optimizer, for norms and biases beside the matrices' own, is no reason.
         for scales in list(_live):
-            scales.forget()
+            if not scales.is_stepped:
+                scales.forget()

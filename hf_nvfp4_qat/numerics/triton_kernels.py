@@ -75,12 +75,22 @@ def _keep_12_bits(x):
 
 
 @triton.jit
-def _load_blocks(x_ptr, program, num_blocks, blocks_per_row, stride_n, stride_k, DENSE: tl.constexpr, R: tl.constexpr):
-    """The program's blocks, rounded to bf16, as fp32 [R, 16]."""
-    first = program.to(tl.int64) * R
+def _load_blocks(
+    x_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix,
+    DENSE: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """This program's blocks, and where they are.
+
+    Returns:
+        the blocks rounded to bf16, as fp32 [R, 16]; the number of their matrix; the number of the first in the output,
+        int64; which of them there are, bool [R].
+    """
+    matrix = tl.program_id(0) // programs_per_matrix
+    first = (tl.program_id(0) % programs_per_matrix).to(tl.int64) * R
     block = tl.arange(0, R)
     inside = first + block < num_blocks
     column = tl.arange(0, 16)
+    x_ptr += matrix.to(tl.int64) * stride_e
     if DENSE:
         x_ptr += first * 16
         offsets = block[:, None] * 16 + column[None, :]
@@ -89,7 +99,7 @@ def _load_blocks(x_ptr, program, num_blocks, blocks_per_row, stride_n, stride_k,
         start = ((first + block) % blocks_per_row) * 16
         offsets = row[:, None] * stride_n + (start[:, None] + column[None, :]) * stride_k
     x = tl.load(x_ptr + offsets, mask=inside[:, None], other=0.0)
-    return x.to(tl.bfloat16).to(tl.float32)
+    return x.to(tl.bfloat16).to(tl.float32), matrix, matrix.to(tl.int64) * num_blocks + first, inside
 
 
 @triton.jit
@@ -113,20 +123,16 @@ def _fake_quantize_kernel(
     x_ptr, global_scale_ptr, out_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix,
     DENSE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(0) // programs_per_matrix
-    program = tl.program_id(0) % programs_per_matrix
-    x_ptr += matrix.to(tl.int64) * stride_e
-    x = _load_blocks(x_ptr, program, num_blocks, blocks_per_row, stride_n, stride_k, DENSE, R)
+    x, matrix, first, inside = _load_blocks(
+        x_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix, DENSE, R
+    )
     _, scale = _block_scales(x, tl.load(global_scale_ptr + matrix))
     scaled = tl.minimum(tl.maximum(_keep_12_bits(x * (1.0 / scale)[:, None]), -6.0), 6.0)
     p = tl.maximum(scaled.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
     constant = (p + 0x0B400000).to(tl.float32, bitcast=True)  # the bits of 1.5 * 2**22 * p
     value = ((scaled + constant) - constant) * scale[:, None]
-    first = program.to(tl.int64) * R
-    out_ptr += (matrix.to(tl.int64) * num_blocks + first) * 16
-    block = tl.arange(0, R)
-    offsets = block[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(out_ptr + offsets, value.to(tl.bfloat16), mask=(first + block < num_blocks)[:, None])
+    offsets = tl.arange(0, R)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out_ptr + first * 16 + offsets, value.to(tl.bfloat16), mask=inside[:, None])
 
 
 @triton.jit
@@ -134,17 +140,13 @@ def _quantize_kernel(
     x_ptr, global_scale_ptr, packed_ptr, block_scale_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k,
     programs_per_matrix, DENSE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(0) // programs_per_matrix
-    program = tl.program_id(0) % programs_per_matrix
-    x_ptr += matrix.to(tl.int64) * stride_e
-    x = _load_blocks(x_ptr, program, num_blocks, blocks_per_row, stride_n, stride_k, DENSE, R)
+    x, matrix, first, inside = _load_blocks(
+        x_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix, DENSE, R
+    )
     scale_code, scale = _block_scales(x, tl.load(global_scale_ptr + matrix))
     even, odd = tl.split(tl.reshape(x * (1.0 / scale)[:, None], (R, 8, 2)))
     packed = tl.inline_asm_elementwise(_ENCODE, "=r" + ",r" * 8, [even, odd], dtype=tl.int8, is_pure=True, pack=4)
-    first = program.to(tl.int64) * R
     block = tl.arange(0, R)
-    inside = first + block < num_blocks
-    first += matrix.to(tl.int64) * num_blocks
     offsets = block[:, None] * 8 + tl.arange(0, 8)[None, :]
     # Each thread stores the 4 bytes it has; left alone, the compiler trades them for 8 through shared memory.
     offsets = tl.max_contiguous(offsets, (1, 4))

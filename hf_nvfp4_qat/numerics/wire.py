@@ -6,12 +6,19 @@
 No value depends on another row, so a weight cut into rows is encoded piece by piece with the scale of the whole.
 """
 
+import math
+
 import torch
 
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, block_scale_shape, packed_shape
 from hf_nvfp4_qat.numerics.implementations import resolve
 from hf_nvfp4_qat.numerics.quantize import quantize_into
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+
+
+def part_num_rows(num_rows: int, num_parts: int) -> int:
+    """Rows of the largest part: as torch.chunk cuts, and with it FSDP2 and DTensor."""
+    return math.ceil(num_rows / num_parts)
 
 
 def part_num_bytes(num_rows: int, row_shape: torch.Size | tuple[int, ...]) -> tuple[int, int]:

@@ -1,10 +1,13 @@
 """FSDP2 with the NVFP4 gather: bit for bit what fake quantization in forward gives under the same sharding."""
 
 import math
+import tempfile
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
+from benchmarks.counted_gather import count_gathers
 from conftest import tiny_llama, tiny_qwen3, tokens
 from processes import in_processes
 from sharding import exact_sums, largest_difference, spread, whole
@@ -17,29 +20,16 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
+from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed, stop_packed_gather, use_packed_gather
 from hf_nvfp4_qat.modules import global_scale
 from hf_nvfp4_qat.modules.swap import qat_modules
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FP32 = MixedPrecisionPolicy()
-
-
-class CountedGather(DefaultAllGather):
-    """Counts the bytes each process sends."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __call__(self, output_tensor, input_tensor, group, async_op=False):
-        self.num_bytes += input_tensor.nbytes
-        return super().__call__(output_tensor, input_tensor, group, async_op)
 
 
 def shard(model, policy=FP32, **kwargs):
@@ -97,10 +87,7 @@ def compare(
         model = prepare_qat(spread(make()).train())
         before_sharding(model)
         shard(model, policy, **sharding)
-        counted = CountedGather()
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_custom_all_gather(counted)
+        counted = count_gathers(model)
         if packed:
             found["num_packed"] = use_packed_gather(model).num_packed
         runs[packed] = (*train(model, rank, **(training or {})), model, counted.num_bytes)
@@ -380,3 +367,59 @@ def _alone(rank: int) -> dict:
 @pytest.mark.slow
 def test_one_process():
     assert_exact(in_processes(_alone, num_processes=1))
+
+
+def _on_gpus(rank: int) -> dict[str, dict]:
+    two = {"training": {"steps": 2}}
+    return {
+        "bf16": compare(rank),
+        "fp32": compare(rank, policy=FP32, **two),
+        "kept whole after forward": compare(rank, reshard_after_forward=False, **two),
+        "uneven rows": compare(rank, odd_rows, **two),
+        "checkpointing": compare(rank, before_sharding=_checkpointing, **two),
+        "clipping, fused optimizer": compare(rank, training={"clip": 0.05, "fused": True}),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_gpus", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
+def test_on_gpus(num_gpus):
+    """The kernels and NCCL, on FSDP2's streams."""
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    results = in_processes(_on_gpus, num_gpus, on_gpus=True)
+    for name in results[0]:
+        assert_exact([result[name] for result in results])
+
+
+def _large_on_gpus(rank: int) -> dict:
+    """Work long enough for a missing wait between streams to show."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 4096, "num_hidden_layers": 6, "head_dim": 512}
+    return compare(rank, lambda: tiny_qwen3(**sizes), training={"steps": 3})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_gpus", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
+def test_large_weights_on_gpus(num_gpus):
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    assert_exact(in_processes(_large_on_gpus, num_gpus, on_gpus=True))
+
+
+def _saved_on_gpus(rank: int) -> tuple[int, bool]:
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    model = shard(prepare_qat(spread(tiny_qwen3()).train()), BF16)
+    use_packed_gather(model)
+    train(model, rank, steps=1)
+    save_nvfp4(model, folder[0])
+    report = verify_nvfp4(folder[0], model)
+    return report.num_compared, report.ok
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_gpus", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
+def test_saving_on_gpus(num_gpus):
+    if torch.cuda.device_count() < num_gpus:
+        pytest.skip(f"needs {num_gpus} GPUs")
+    assert in_processes(_saved_on_gpus, num_gpus, on_gpus=True) == [(52, True)] * num_gpus

@@ -218,3 +218,13 @@ def test_an_optimizer_that_steps_flat_copies_leaves_the_next_forward_to_refresh(
     layer(torch.randn(1, 64))
     assert layer.global_decode_scale > before
     assert torch.equal(layer.global_decode_scale, global_decode_scale_of_amax(global_amax(layer.weight)))
+
+
+def test_a_second_optimizer_for_other_parameters_leaves_fresh_scales_alone():
+    """As with Muon for the matrices and AdamW for the rest."""
+    layer = prepare_qat(torch.nn.Sequential(torch.nn.Linear(64, 48)))[0]
+    matrices, rest = torch.optim.SGD([layer.weight], lr=0.1), torch.optim.SGD([layer.bias], lr=0.1)
+    layer(torch.randn(1, 64)).sum().backward()
+    matrices.step()
+    rest.step()
+    assert layer.global_scales.is_fresh(layer)
