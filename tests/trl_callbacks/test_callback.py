@@ -52,9 +52,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("grpo")
+def small_qwen3(path) -> None:
+    """A bfloat16 checkpoint with a byte tokenizer."""
     tokenizer = byte_tokenizer()
     model = tiny_qwen3(
         vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32,
@@ -66,6 +65,12 @@ def folder(tmp_path_factory):
             parameter.mul_(3 if parameter.ndim == 2 else 1)
     model.to(torch.bfloat16).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("grpo")
+    small_qwen3(path)
     return path
 
 

@@ -1,0 +1,51 @@
+"""GRPO under FSDP2 in two processes, each with a CPU engine of its own: trained, pushed, resumed, exported."""
+
+import gc
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from conftest import load_qat
+from distributed.test_fsdp_plugin import fsdp_on_cpus
+from processes import in_processes
+from trl_callbacks.test_callback import _trainers, logged, make_trainer, rollouts, small_qwen3
+
+from hf_nvfp4_qat import NVFP4FSDPCallback, verify_nvfp4
+from hf_nvfp4_qat.distributed.packed_gather import gathers_packed
+from hf_nvfp4_qat.modules.swap import qat_modules
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def _grpo(source: Path, folder: Path, resume: str | None, rank: int) -> dict:
+    with fsdp_on_cpus():
+        trainer = make_trainer(
+            load_qat(source), source, folder, [rollouts(check_every=1), NVFP4FSDPCallback("packed")],
+            learning_rate=1e-3, bf16=True, save_strategy="steps", save_steps=2, fsdp=True,
+            fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False},
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+    found = {
+        "packed": gathers_packed(trainer.model),
+        "mismatch": max(logged(trainer, "nvfp4/mismatch_kl")),
+        "steps": len(logged(trainer, "nvfp4/mismatch_kl")),
+    }
+    trainer.save_model(str(folder / "final"))
+    dist.barrier()
+    report = verify_nvfp4(folder / "final", trainer.model)
+    found["verified"] = (report.ok, report.num_layers == len(qat_modules(trainer.model)), str(report))
+    del trainer
+    _trainers.clear()
+    gc.collect()  # the engine ends before the processes' group does
+    return found
+
+
+def test_grpo_under_fsdp2(tmp_path):
+    small_qwen3(tmp_path / "source")
+    out = tmp_path / "out"
+    for resume in (None, str(out / "checkpoint-2")):
+        for found in in_processes(partial(_grpo, tmp_path / "source", out, resume)):
+            assert found["packed"] and found["steps"] == 3
+            assert found["mismatch"] < 1e-3
+            assert found["verified"][:2] == (True, True), found["verified"]
