@@ -18,6 +18,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -64,6 +65,47 @@ def tiny_llama(**changes) -> PreTrainedModel:
     set_seed(0)
     biases = {"attention_bias": True, "mlp_bias": True}
     return LlamaForCausalLM(LlamaConfig(**{**SIZES, **biases, "tie_word_embeddings": False, **changes}))
+
+
+def tiny_qwen3_moe(**changes) -> PreTrainedModel:
+    """Qwen3-MoE: 8 experts a layer, 2 a token, tied embeddings, in fp32."""
+    return tiny_moe("qwen3_moe", **{"tie_word_embeddings": True, **changes})
+
+
+# What the configurations of some families need besides SIZES; all of them have experts that NVFP4 covers.
+_LATENT = dict(
+    n_group=1, topk_group=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+    num_key_value_heads=4, first_k_dense_replace=1,
+)  # fmt: skip
+_NEXT = dict(
+    layer_types=["full_attention"] * 2, shared_expert_intermediate_size=32, linear_num_value_heads=4,
+    linear_num_key_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+)  # fmt: skip
+EXPERT_FAMILIES: dict[str, dict] = {
+    **dict.fromkeys(("qwen3_moe", "mixtral", "olmoe", "phimoe", "minimax_m2", "flex_olmo"), {}),
+    "qwen2_moe": {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _NEXT),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3"), _LATENT),
+    "glm4_moe": {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_k": 2},
+    "hunyuan_v1_moe": {"moe_topk": 2},
+    "lfm2_moe": {"layer_types": ["full_attention"] * 2, "num_dense_layers": 0},
+}
+
+
+def tiny_moe(family: str, **changes) -> PreTrainedModel:
+    """A model type of Transformers with experts, in fp32."""
+    config_class = CONFIG_MAPPING[family]
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    options = {
+        **SIZES, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        **{name: 8 for name in experts if hasattr(config_class(), name)}, **EXPERT_FAMILIES.get(family, {}), **changes,
+    }  # fmt: skip
+    if family in ("deepseek_v2", "deepseek_v3"):
+        del options["head_dim"]
+    set_seed(0)
+    return AutoModelForCausalLM.from_config(config_class(**options), dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ from hf_nvfp4_qat.checkpoint.save import (
 )
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, skeleton
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, served_dtype, shared_scales
-from hf_nvfp4_qat.modules.swap import qat_modules, swap_linears
+from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, weights done, weights in all)."""
@@ -67,9 +67,8 @@ def ptq_sources(
         )
     model = skeleton(directory)
     swap_linears(model, preset=preset, exclude=exclude, output_embedding=model.get_output_embeddings())
-    layers = qat_modules(model)
     module_names = checkpoint_names(model)
-    weights = {f"{path}.weight" for path in layers}
+    weights = set(qat_weights(model))
     selected = {name for name, module_name in module_names.items() if module_name in weights}
     found = {layer_of(name): partial(reader.get_tensor, name) for name in reader.names if name in selected}
     scales = shared_scales(found, progress=lambda num_done: progress("reading scales", num_done, len(found)))
@@ -84,9 +83,9 @@ def ptq_sources(
         )
         for name in reader.names
     ]
-    if len(found) != len(layers):
+    if len(found) != len(selected):
         raise ValueError(
-            f"All {len(layers)} linears to quantize must be in the checkpoint under the names that published "
+            f"All {len(selected)} weights to quantize must be in the checkpoint under the names that published "
             f"{type(model).__name__} checkpoints have; {directory} has {len(found)} of them. A training checkpoint can "
             "have others: load it with `from_pretrained(..., quantization_config=NVFP4QATConfig())` and save it."
         )
@@ -124,7 +123,7 @@ def quantize_checkpoint(
         _copy_other_files(reader.directory, staged)
         config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
         staged.write_json(CONFIG_FILE, config)
-    return len(qat_modules(model))
+    return sum(source.is_quantized for source in sources)
 
 
 def dequantize_checkpoint(

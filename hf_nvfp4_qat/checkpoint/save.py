@@ -22,7 +22,7 @@ from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.distributed.gather import is_sharded, on_main_process, reshard
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.swap import qat_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,9 +65,9 @@ def save_nvfp4(
         ValueError: `model` has no QAT layer, weights cannot be packed or are missing, `path` is a file. Nothing is
             written then.
     """
-    if not qat_modules(model):
+    if not qat_weights(model):
         raise ValueError(
-            f"save_nvfp4 writes models trained in NVFP4; {type(model).__name__} has no QATLinear. Load it with "
+            f"save_nvfp4 writes models trained in NVFP4; {type(model).__name__} has no QAT layers. Load it with "
             "`quantization_config=NVFP4QATConfig()`, or call `prepare_qat` first."
         )
     sources = packed_sources(model, state_dict=state_dict)
@@ -266,7 +266,7 @@ class SavePretrained:
 
 def _is_sharded(model: "PreTrainedModel") -> bool:
     reshard(model)
-    return any(is_sharded(layer.weight) for layer in qat_modules(model).values())
+    return any(is_sharded(layer.weight) for layer in qat_weights(model).values())
 
 
 @contextmanager

@@ -55,15 +55,15 @@ def skeleton(directory: Path) -> PreTrainedModel:
 
 
 def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
-    """Checkpoint name to module name of every saved tensor that loading only renames."""
+    """Checkpoint name to module name of every saved tensor that is a weight, or a part of fused experts."""
     entries = checkpoint_entries(model, unique_weights(model, model.state_dict()))
-    return {name: module_name for name, (module_name, _, _) in entries.items() if module_name is not None}
+    return {name: entry.module_name for name, entry in entries.items() if entry.module_name is not None}
 
 
 def checkpoint_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Checkpoint name to shape of every tensor an unquantized checkpoint of `model` has."""
     entries = checkpoint_entries(model, unique_weights(model, model.state_dict()))
-    return {name: shape for name, (_, shape, _) in entries.items()}
+    return {name: entry.shape for name, entry in entries.items()}
 
 
 def linear_weights(model: PreTrainedModel) -> dict[str, str]:

@@ -6,9 +6,11 @@ arrival: a packer keyed on module names once packed nothing and wrote a packed c
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -16,11 +18,40 @@ from torch import nn
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
 from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded, reshard
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
-from hf_nvfp4_qat.modules.swap import qat_modules, refresh_global_scales
+from hf_nvfp4_qat.modules.swap import qat_weights, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
+from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
-CheckpointEntry = tuple[str | None, tuple[int, ...], Callable[[], torch.Tensor]]
-"""(name in the model's state dict or None, shape, loader) of a checkpoint tensor."""
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """What of a fused weight ``[E, N, K]`` a checkpoint holds under a name of its own: some rows of one expert."""
+
+    name: str
+    expert: int
+    rows: slice
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True)
+class CheckpointEntry:
+    """A checkpoint tensor and what it is made of.
+
+    Attributes:
+        module_name: name in the model's state dict; None if it is computed from several weights.
+        shape: of the tensor.
+        load: reads it, whole; gathers it if it is sharded.
+        part: which part of the fused weight `module_name` it is; None if it is all of one.
+    """
+
+    module_name: str | None
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+    part: ExpertPart | None = None
 
 
 @dataclass(frozen=True)
@@ -28,13 +59,14 @@ class TensorSource:
     """One weight on its way to a checkpoint.
 
     Attributes:
-        name: checkpoint name, ``....weight`` for a quantized one.
+        name: checkpoint name, ``....weight`` for a quantized one; of fused experts, which have many, the module's name.
         shape: of the unquantized tensor.
         dtype: the dtype it is written in, if not quantized.
         module_name: its name in the model's state dict; None if it was computed from several weights.
         load: reads the unquantized tensor, whole; gathers it if it is sharded.
-        global_decode_scale: reads the float32 ``[]`` scale to quantize with; None for what stays as it is.
+        global_decode_scale: reads the float32 ``[]`` or ``[E]`` scale to quantize with; None for what stays as it is.
         shard: reads the DTensor of a quantized weight that is sharded; None for one that is not.
+        parts: of quantized fused experts, the checkpoint's parts of it.
     """
 
     name: str
@@ -44,6 +76,7 @@ class TensorSource:
     load: Callable[[], torch.Tensor]
     global_decode_scale: Callable[[], torch.Tensor] | None = None
     shard: Callable[[], torch.Tensor] | None = None
+    parts: tuple[ExpertPart, ...] = ()
 
     @property
     def is_quantized(self) -> bool:
@@ -52,9 +85,14 @@ class TensorSource:
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Checkpoint name to (dtype, shape) of what this weight becomes."""
-        if self.is_quantized:
+        if not self.is_quantized:
+            return {self.name: (self.dtype, self.shape)}
+        if not self.parts:
             return checkpoint_layout(layer_of(self.name), self.shape)
-        return {self.name: (self.dtype, self.shape)}
+        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for part in self.parts:
+            layout |= checkpoint_layout(layer_of(part.name), (part.num_rows, self.shape[-1]))
+        return layout
 
     @property
     def nbytes(self) -> int:
@@ -74,14 +112,27 @@ class TensorSource:
         scale = self.global_decode_scale()
         if self.shard is not None:
             # Its amax was taken over all shards, so every process comes to the same verdict.
-            if not scale.isfinite():
+            if not scale.isfinite().all():
                 raise ValueError(f"{self.name} cannot be packed: it, or a fused sibling, holds an infinity or a NaN.")
-            return to_checkpoint(layer_of(self.name), gather_packed([self.shard()], [scale])[0])
+            return self.under_checkpoint_names(gather_packed([self.shard()], [scale])[0])
         try:
             packed = quantize_nvfp4(self.load().detach(), global_decode_scale=scale)
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be packed. {error}") from error
-        return to_checkpoint(layer_of(self.name), packed)
+        return self.under_checkpoint_names(packed)
+
+    def under_checkpoint_names(self, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
+        """Checkpoint name to tensor of this weight in NVFP4; views, of fused experts."""
+        if not self.parts:
+            return to_checkpoint(layer_of(self.name), packed)
+        tensors: dict[str, torch.Tensor] = {}
+        for part in self.parts:
+            place = (part.expert, part.rows)
+            weight = NVFP4Tensor(
+                packed.packed[place], packed.block_scale[place], packed.global_decode_scale[part.expert]
+            )
+            tensors |= to_checkpoint(layer_of(part.name), weight)
+        return tensors
 
 
 def packed_sources(
@@ -103,8 +154,7 @@ def packed_sources(
     Raises:
         ValueError: the number of quantized tensors is not the number of QAT weights.
     """
-    layers = {plain_name(name): layer for name, layer in qat_modules(model).items()}
-    quantized = {f"{name}.weight" for name in layers}
+    quantized = {plain_name(name): weight for name, weight in qat_weights(model).items()}
     reshard(model)
     if live:
         weights = live_weights(model)
@@ -112,30 +162,38 @@ def packed_sources(
         weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
     if state_dict is None:
         refresh_global_scales(model)
-        scales = {name: layer.global_decode_scale for name, layer in layers.items()}
+        scales = {layer_of(name): weight.global_decode_scale for name, weight in quantized.items()}
     else:
         given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}
         scales = shared_scales(given)
-    sources = []
-    for name, (module_name, shape, load) in checkpoint_entries(model, weights).items():
-        layer = layer_of(module_name or "")
+    sources: dict[str, TensorSource] = {}
+    for name, entry in checkpoint_entries(model, weights).items():
+        module_name, shape, load, source_name = entry.module_name or "", entry.shape, entry.load, name
+        is_quantized = module_name in quantized
+        if is_quantized and entry.part is not None:
+            # All parts of a fused weight are one source: quantized, or gathered, at once.
+            if module_name in sources:
+                source = sources[module_name]
+                sources[module_name] = replace(source, parts=(*source.parts, entry.part))
+                continue
+            source_name, shape = module_name, tuple(weights[module_name].shape)
+            load = partial(_load_whole, weights, module_name)
         dtype = weights[module_name].dtype if module_name else load().dtype
         shard = None
-        if module_name in quantized and is_sharded(weights[module_name]):
+        if is_quantized and is_sharded(weights[module_name]):
             shard = partial(weights.__getitem__, module_name)
-        sources.append(
-            TensorSource(
-                name=name,
-                shape=shape,
-                dtype=served_dtype(model, name, dtype),
-                module_name=module_name,
-                load=load,
-                global_decode_scale=partial(scales.__getitem__, layer) if module_name in quantized else None,
-                shard=shard,
-            )
+        sources[source_name] = TensorSource(
+            name=source_name,
+            shape=shape,
+            dtype=served_dtype(model, name, dtype),
+            module_name=module_name or None,
+            load=load,
+            global_decode_scale=partial(scales.__getitem__, layer_of(module_name)) if is_quantized else None,
+            shard=shard,
+            parts=() if entry.part is None or not is_quantized else (entry.part,),
         )
-    check_packed_count(sources, len({id(layer.weight) for layer in layers.values()}))
-    return sources
+    check_packed_count(list(sources.values()), len({id(weight.weight) for weight in quantized.values()}))
+    return list(sources.values())
 
 
 def plain_name(name: str) -> str:
@@ -179,12 +237,39 @@ def check_packed_count(sources: list[TensorSource], expected: int) -> None:
     Raises:
         ValueError: the counts differ.
     """
+    for source in sources:
+        num_rows = sum(part.num_rows for part in source.parts)
+        if source.parts and num_rows != torch.Size(source.shape[:-1]).numel():
+            raise ValueError(
+                f"All rows of {source.name} {list(source.shape)} must go into the checkpoint; {num_rows} were found "
+                "under the names of single experts. Nothing was written."
+            )
+        if source.is_quantized and len(source.shape) > 2 and not source.parts:
+            raise ValueError(_FUSED_ON_DISK.format(name=source.name))
     num_packed = sum(source.is_quantized for source in sources)
     if num_packed != expected:
         raise ValueError(
             f"All weights trained in NVFP4 must be packed; {num_packed} of {expected} were found by their checkpoint "
             "names. Nothing was written. A `state_dict` must hold every parameter under its module name."
         )
+
+
+_FUSED_ON_DISK = (
+    "Packed checkpoints hold experts one by one, as vLLM reads them; published checkpoints of this architecture hold "
+    "{name} in one piece. To train only the other layers in NVFP4, add 're:.*experts$' to `exclude`."
+)
+
+
+def check_expert_names(model: nn.Module) -> None:
+    """Refuse, before training, fused experts that could not be published.
+
+    Raises:
+        ValueError: checkpoints of this architecture do not hold their experts one by one.
+    """
+    fused = {name: weight.weight for name, weight in qat_weights(model).items() if weight.weight.ndim == 3}
+    for entry in checkpoint_entries(model, fused).values():
+        if entry.part is None:
+            raise ValueError(_FUSED_ON_DISK.format(name=entry.module_name or next(iter(fused))))
 
 
 def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -207,39 +292,81 @@ def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dic
     return kept
 
 
-def checkpoint_entries(
-    model: nn.Module,
-    weights: dict[str, torch.Tensor],
-) -> dict[str, CheckpointEntry]:
-    """Checkpoint name to (module name or None, shape, loader), by reversing the loading conversions.
+def checkpoint_entries(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, CheckpointEntry]:
+    """Checkpoint name to what is stored under it, by reversing the conversions that Transformers makes while loading.
 
-    The reversal runs on meta tensors. What comes out as the very tensor that went in was only renamed; what does not
-    was computed from several weights, and is computed again from the real ones when loaded. Loading makes shards whole.
+    The reversal runs on stand-ins. What comes out as the very tensor that went in was only renamed. Fused experts go in
+    as the numbers of their rows, which then tell what part comes out under which name. What is neither was computed
+    from several weights, and is computed again from the real ones when loaded. Loading makes shards whole.
     """
     from transformers.core_model_loading import revert_weight_conversion
     from transformers.modeling_utils import PreTrainedModel
 
-    def load(module_name: str) -> torch.Tensor:
-        return full_tensor(weights[module_name])
-
+    load = partial(_load_whole, weights)
     if not isinstance(model, PreTrainedModel):
-        return {name: (name, tuple(tensor.shape), partial(load, name)) for name, tensor in weights.items()}
+        return {
+            name: CheckpointEntry(name, tuple(tensor.shape), partial(load, name)) for name, tensor in weights.items()
+        }
     # By shape and dtype, not `empty_like`: shards have the shape of the whole, and must not be asked for more.
-    meta = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.items()}
-    module_names = {id(tensor): name for name, tensor in meta.items()}
+    stand_ins = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.items()}
+    rows = _RowNumbers({name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.ndim == 3})
+    module_names = {id(tensor): name for name, tensor in stand_ins.items()}
     entries: dict[str, CheckpointEntry] = {}
-    renamed = set()
-    for name, tensor in revert_weight_conversion(model, dict(meta)).items():
-        module_name = module_names.get(id(tensor))
-        renamed.add(module_name)
-        entries[name] = (module_name, tuple(tensor.shape), partial(load, module_name or ""))
-    computed_from = {name: load(name) for name in weights if name not in renamed}
+    found = set()
+    for name, tensor in revert_weight_conversion(model, {**stand_ins, **rows.stand_ins}).items():
+        module_name, shape, part = module_names.get(id(tensor)), tuple(tensor.shape), None
+        if (located := rows.locate(name, tensor)) is not None:
+            module_name, shape, part = located
+        found.add(module_name)
+        loader = partial(load if part is None else partial(_load_part, weights, part), module_name or "")
+        entries[name] = CheckpointEntry(module_name, shape, loader, part)
+    computed_from = {name: load(name) for name in weights if name not in found}
     if computed_from:
         computed = revert_weight_conversion(model, computed_from)
-        for name, (module_name, shape, _) in entries.items():
-            if module_name is None:
-                entries[name] = (None, shape, partial(computed.__getitem__, name))
+        for name, entry in entries.items():
+            if entry.module_name is None:
+                entries[name] = CheckpointEntry(None, tuple(computed[name].shape), partial(computed.__getitem__, name))
     return entries
+
+
+class _RowNumbers:
+    """Stand-ins for fused weights ``[E, N, K]`` that say of any part of them where it comes from."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._names = list(shapes)
+        sizes = [shape[0] * shape[1] for shape in shapes.values()]
+        self._starts = [0, *accumulate(sizes)][:-1]
+        # Two columns: Transformers drops dims of size 1 when it takes experts apart.
+        self.stand_ins = {
+            name: torch.arange(start, start + size, device="cpu").view(*shapes[name][:2], 1).repeat(1, 1, 2)
+            for name, start, size in zip(shapes, self._starts, sizes, strict=True)
+        }
+
+    def locate(self, name: str, tensor: torch.Tensor) -> tuple[str | None, tuple[int, ...], ExpertPart | None] | None:
+        """Module name, shape and part of what came out under `name`; None if it is none of these."""
+        if tensor.device.type == "meta" or tensor.dtype != torch.int64 or not self._names:
+            return None
+        first = int(tensor.flatten()[0])
+        number = bisect_right(self._starts, first) - 1
+        module_name = self._names[number]
+        num_experts, num_rows, num_columns = self._shapes[module_name]
+        if tensor is self.stand_ins[module_name]:
+            return module_name, (num_experts, num_rows, num_columns), None
+        expert, row = divmod(first - self._starts[number], num_rows)
+        numbers = torch.arange(first, first + len(tensor), device="cpu")[:, None].expand(-1, 2)
+        if tensor.shape != numbers.shape or row + len(tensor) > num_rows or not torch.equal(tensor, numbers):
+            return None, (), None
+        part = ExpertPart(name, expert, slice(row, row + len(tensor)))
+        return module_name, (len(tensor), num_columns), part
+
+
+def _load_whole(weights: Mapping[str, torch.Tensor], module_name: str) -> torch.Tensor:
+    return full_tensor(weights[module_name])
+
+
+def _load_part(weights: Mapping[str, torch.Tensor], part: ExpertPart, module_name: str) -> torch.Tensor:
+    return full_tensor(weights[module_name])[part.expert, part.rows]
 
 
 def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:

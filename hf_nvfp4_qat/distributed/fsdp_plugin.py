@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_nvfp4_qat.distributed.gather_mode import apply_gather_mode, gather_mode, unwrapped
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.swap import qat_weights
 
 
 @dataclass
@@ -46,7 +46,7 @@ class NVFP4FSDPPlugin(FullyShardedDataParallelPlugin):
     def set_auto_wrap_policy(self, model: nn.Module) -> None:
         """Accelerate's, and from the model's first forward on, the gather."""
         super().set_auto_wrap_policy(model)
-        if self.fsdp_version == 1 or not qat_modules(model):
+        if self.fsdp_version == 1 or not qat_weights(model):
             return
         model_ref = ref(model)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hf_nvfp4_qat.modules.global_scale import own_part
+from hf_nvfp4_qat.modules.global_scale import own_experts, own_part
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.numerics.wire import encode_rows, packed_rows, part_num_rows
@@ -43,7 +43,7 @@ def full_tensor(weight: torch.Tensor) -> torch.Tensor:
 
 
 def own_rows(weight: torch.Tensor, packed: NVFP4Tensor) -> tuple[torch.Tensor, NVFP4Tensor]:
-    """What of a weight ``[N, K]`` sharded by rows this process holds, and the same rows of it in NVFP4.
+    """What of a weight sharded by rows, or by experts, this process holds, and the same part of it in NVFP4.
 
     A weight that is sharded otherwise is gathered.
     """
@@ -55,7 +55,8 @@ def own_rows(weight: torch.Tensor, packed: NVFP4Tensor) -> tuple[torch.Tensor, N
     num_rows = part_num_rows(weight.shape[0], weight.device_mesh.size(axis))
     first = weight.device_mesh.get_local_rank(axis) * num_rows
     rows = slice(first, first + len(own))
-    return own, NVFP4Tensor(packed.packed[rows], packed.block_scale[rows], packed.global_decode_scale)
+    scale = packed.global_decode_scale[own_experts(weight)]
+    return own, NVFP4Tensor(packed.packed[rows], packed.block_scale[rows], scale)
 
 
 def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequence[torch.Tensor]) -> list[NVFP4Tensor]:
@@ -64,8 +65,8 @@ def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequenc
     What is not sharded by rows alone (tensor parallelism besides) is gathered whole and then quantized.
 
     Args:
-        weights: ``[N, K]``, sharded or not.
-        global_decode_scales: float32 ``[]`` each, powers of two or NaN.
+        weights: ``[N, K]``, or experts ``[E, N, K]``, sharded or not.
+        global_decode_scales: float32 ``[]``, or ``[E]``, each; powers of two or NaN.
     """
     packed: dict[int, NVFP4Tensor] = {}
     by_place: dict[tuple[Any, int], list[int]] = {}
@@ -81,8 +82,8 @@ def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequenc
         parts = []
         for number in numbers:
             num_rows = part_num_rows(weights[number].shape[0], num_parts)
-            own = own_part(weights[number])
-            parts.append(encode_rows(own, global_decode_scales[number], num_rows=num_rows))
+            scale = global_decode_scales[number][own_experts(weights[number])]
+            parts.append(encode_rows(own_part(weights[number]), scale, num_rows=num_rows))
         mine = torch.cat(parts)
         gathered = mine.new_empty(num_parts * len(mine))
         dist.all_gather_into_tensor(gathered, mine, group=mesh.get_group(axis))

@@ -23,9 +23,8 @@ from hf_nvfp4_qat.distributed.fsdp_versions import (
     gathered_shape,
     why_no_extension,
 )
-from hf_nvfp4_qat.modules.global_scale import own_part
-from hf_nvfp4_qat.modules.linear import QATLinear
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.global_scale import QATWeight, own_experts, own_part
+from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.wire import decode_rows, encode_rows, part_num_rows
 
@@ -38,7 +37,7 @@ class GatherReport:
 
     Attributes:
         num_packed: weights that are gathered in 4 bits from now on.
-        left_out: module name to the reason why its weight is gathered whole and fake-quantized in forward.
+        left_out: parameter name to the reason why its weight is gathered whole and fake-quantized in forward.
     """
 
     num_packed: int
@@ -72,7 +71,7 @@ def use_packed_gather(model: nn.Module) -> GatherReport:
     if not gathers_packed(model):
         setattr(model, _ATTRIBUTE, _PackedGather(model))
     gather = getattr(model, _ATTRIBUTE)
-    return GatherReport(len(gather.layers), gather.left_out)
+    return GatherReport(len(gather.weights), gather.left_out)
 
 
 def stop_packed_gather(model: nn.Module) -> None:
@@ -96,31 +95,30 @@ class _PackedGather:
 
     def __init__(self, model: nn.Module) -> None:
         parameters = {id(parameter.sharded_param): parameter for parameter in fsdp_parameters(model)}
-        layers = qat_modules(model)
-        self.left_out = {name: reason for name, layer in layers.items() if (reason := _obstacle(layer, parameters))}
-        self.layers = {name: layer for name, layer in layers.items() if name not in self.left_out}
-        if not self.layers:
+        weights = qat_weights(model)
+        self.left_out = {name: reason for name, w in weights.items() if (reason := _obstacle(w, parameters))}
+        self.weights = {name: weight for name, weight in weights.items() if name not in self.left_out}
+        if not self.weights:
             first = next((f" {name}: {reason}." for name, reason in self.left_out.items()), "")
             raise ValueError(
                 "The NVFP4 gather needs QAT weights that FSDP2 shards, between steps; "
-                f"none of {len(layers)} is one.{first}"
+                f"none of {len(weights)} is one.{first}"
             )
         self._shards = {}
-        for name, layer in self.layers.items():
-            weight: Any = layer.weight
-            parameter = parameters[id(weight)]
+        for name, weight in self.weights.items():
+            parameter = parameters[id(weight.weight)]
             if parameter.offload_to_cpu:
                 raise ValueError(
                     f"The NVFP4 gather does not work with CPU offloading; {name} is offloaded. Turn "
                     "`fsdp_offload_params` off, or set NVFP4_QAT_GATHER=bf16."
                 )
-            self._shards[name] = _Shard(weight.device_mesh, gathered_shape(parameter))
-        for name, layer in self.layers.items():
+            self._shards[name] = _Shard(weight.weight.device_mesh, gathered_shape(parameter))
+        for name, weight in self.weights.items():
             # Tensor parallelism makes DTensors of buffers too; the scale is whole on every process.
-            layer.global_decode_scale = own_part(layer.global_decode_scale)
-            _put_hooks(layer, self._shards[name].gathered_shape)
-            forget_gathers(parameters[id(layer.weight)])
-            layer.weight_is_fake_quantized = True
+            weight.global_decode_scale = own_part(weight.global_decode_scale)
+            _put_hooks(weight, self._shards[name].gathered_shape)
+            forget_gathers(parameters[id(weight.weight)])
+            weight.weight_is_fake_quantized = True
         self._model = ref(model)
         # Before FSDP2's own hook: scales and ours must be ready when the first weight is gathered.
         self._handle = model.register_forward_pre_hook(self._before_forward, prepend=True)
@@ -131,30 +129,30 @@ class _PackedGather:
         """Take the hooks off; the next gather is FSDP2's own."""
         model = self._model()
         parameters = {id(parameter.sharded_param): parameter for parameter in fsdp_parameters(model)} if model else {}
-        shards = [parameters.get(id(layer.weight)) for layer in self.layers.values()]
+        shards = [parameters.get(id(weight.weight)) for weight in self.weights.values()]
         if None in shards:
             raise ValueError(
                 "How weights are gathered changes between steps; they are gathered at the moment. Finish the backward "
                 "pass, or call `model.reshard()`, first."
             )
-        for layer, shard in zip(self.layers.values(), shards, strict=True):
-            local = _local_tensor(layer.weight)
+        for weight, shard in zip(self.weights.values(), shards, strict=True):
+            local = _local_tensor(weight.weight)
             for hook in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
                 if hasattr(local, hook):
                     delattr(local, hook)
             forget_gathers(shard)
-            layer.weight_is_fake_quantized = False
+            weight.weight_is_fake_quantized = False
         self._handle.remove()
 
     @torch.compiler.disable  # as FSDP2's own hooks are
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        for name, layer in self.layers.items():
-            weight, shard = layer.weight, self._shards[name]
+        for name, weight in self.weights.items():
+            tensor, shard = weight.weight, self._shards[name]
             # A weight that is whole at the moment was gathered through hooks that are in place.
-            is_shard = isinstance(weight, DTensor) and weight.device_mesh == shard.mesh
-            if is_shard and not hasattr(_local_tensor(weight), "fsdp_pre_all_gather"):
-                _put_hooks(layer, shard.gathered_shape)
-        for scales in {id(layer.global_scales): layer.global_scales for layer in self.layers.values()}.values():
+            is_shard = isinstance(tensor, DTensor) and tensor.device_mesh == shard.mesh
+            if is_shard and not hasattr(_local_tensor(tensor), "fsdp_pre_all_gather"):
+                _put_hooks(weight, shard.gathered_shape)
+        for scales in {id(weight.global_scales): weight.global_scales for weight in self.weights.values()}.values():
             scales.refresh_stale()
 
 
@@ -166,9 +164,9 @@ class _Shard:
     gathered_shape: torch.Size
 
 
-def _obstacle(layer: QATLinear, parameters: dict[int, Any]) -> str | None:
+def _obstacle(weight: QATWeight, parameters: dict[int, Any]) -> str | None:
     """Why this weight cannot be gathered in 4 bits."""
-    parameter = parameters.get(id(layer.weight))
+    parameter = parameters.get(id(weight.weight))
     if parameter is None:
         return "FSDP2 does not shard it, or it is gathered now"
     if reason := why_no_extension(parameter):
@@ -179,25 +177,27 @@ def _obstacle(layer: QATLinear, parameters: dict[int, Any]) -> str | None:
     return None
 
 
-def _put_hooks(layer: QATLinear, shape: torch.Size) -> None:
+def _put_hooks(weight: QATWeight, shape: torch.Size) -> None:
     """The two hooks that FSDP2 looks for, on the local tensor.
 
     Args:
-        layer: its weight is sharded.
-        shape: ``[N, K]`` of the gathered weight (the rows that tensor parallelism leaves this process).
+        weight: one that is sharded.
+        shape: ``[N, K]`` of the gathered weight (the rows that tensor parallelism leaves this process), or experts
+            ``[E, N, K]``.
     """
-    local = _local_tensor(layer.weight)
+    local = _local_tensor(weight.weight)
+    index = own_experts(weight.weight)
     # The tensor holds the hooks, so they hold neither it nor its module.
-    local_ref, layer_ref = ref(local), ref(layer)
+    local_ref, weight_ref = ref(local), ref(weight)
 
     def fsdp_pre_all_gather(mesh: Any) -> tuple[tuple[torch.Tensor], tuple[torch.Tensor, int]]:
         # One argument: with the five-argument form FSDP2 compares sizes on those processes alone that have padding.
-        local, layer = local_ref(), layer_ref()
-        assert local is not None and layer is not None
+        local, weight = local_ref(), weight_ref()
+        assert local is not None and weight is not None
         num_parts = mesh.size()
-        num_rows = part_num_rows(shape[0], num_parts)
-        part = encode_rows(local.detach(), layer.global_decode_scale, num_rows=num_rows)
-        return (part,), (layer.global_decode_scale, num_parts)
+        scale = weight.global_decode_scale
+        part = encode_rows(local.detach(), scale[index], num_rows=part_num_rows(shape[0], num_parts))
+        return (part,), (scale, num_parts)
 
     def fsdp_post_all_gather(
         outputs: tuple[torch.Tensor], metadata: tuple[torch.Tensor, int], dtype: torch.dtype, *, out: Any = None

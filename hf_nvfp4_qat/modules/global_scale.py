@@ -18,11 +18,13 @@ layer of it, gives independent scales.
 """
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
@@ -32,12 +34,33 @@ _live: "WeakSet[GlobalScales]" = WeakSet()
 _optimizer_hook: Any = None
 
 
-class ScaledModule(Protocol):
-    """What a member brings: a master weight, the key of its group, and the buffer to write its scale to."""
+class QATWeight(Protocol):
+    """A weight that trains in NVFP4: a ``QATLinear``, or one of the fused weights of an experts module.
 
-    weight: Any
+    Attributes:
+        weight: master weight ``[N, K]``, or experts ``[E, N, K]``.
+        scale_group: key of its group; the members of one share their scales.
+        global_scales: the groups it belongs to.
+        global_decode_scale: float32 buffer to write the scale to, ``[]`` or ``[E]``.
+        weight_is_fake_quantized: whether `weight` holds the fake-quantized values whenever forward runs.
+    """
+
     scale_group: str
-    global_decode_scale: torch.Tensor
+    global_scales: "GlobalScales"
+    weight_is_fake_quantized: bool
+
+    @property
+    def weight(self) -> Any: ...  # noqa: D102
+
+    @property
+    def global_decode_scale(self) -> torch.Tensor: ...  # noqa: D102
+
+    @global_decode_scale.setter
+    def global_decode_scale(self, scale: torch.Tensor) -> None: ...
+
+    def fake_quantized_weight(self) -> torch.Tensor:
+        """What forward multiplies with."""
+        ...
 
 
 class GlobalScales:
@@ -45,9 +68,9 @@ class GlobalScales:
 
     def __init__(self) -> None:
         # Members in the order they came: under ZeRO-3 reading a weight gathers it, so all processes must read alike.
-        self._groups: dict[str, WeakKeyDictionary[ScaledModule, None]] = {}
+        self._groups: dict[str, WeakKeyDictionary[QATWeight, None]] = {}
         # Weight, its version counter and the scale's tensor at the last refresh, by module; tensors weakly.
-        self._seen: WeakKeyDictionary[ScaledModule, tuple[ref, int, ref]] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[QATWeight, tuple[ref, int, ref]] = WeakKeyDictionary()
         self._amaxes: dict[tuple[torch.device, Any], GroupAmax] = {}
         # Whether an optimizer was ever seen to own one of the weights themselves.
         self.is_stepped = False
@@ -63,15 +86,15 @@ class GlobalScales:
     def __reduce__(self) -> tuple[type["GlobalScales"], tuple[()]]:
         return GlobalScales, ()
 
-    def add(self, module: ScaledModule) -> None:
+    def add(self, module: QATWeight) -> None:
         """Register a module under its `scale_group`."""
         self._groups.setdefault(module.scale_group, WeakKeyDictionary())[module] = None
 
-    def is_fresh(self, module: ScaledModule) -> bool:
+    def is_fresh(self, module: QATWeight) -> bool:
         """Whether the scale of the fused group of `module` was computed from the weights the group has now."""
         return all(self._is_seen(member) for member in self._groups[module.scale_group])
 
-    def refresh_if_stale(self, module: ScaledModule) -> None:
+    def refresh_if_stale(self, module: QATWeight) -> None:
         """Refresh the fused group of `module` if one of its weights changed since the last refresh."""
         if not self.is_fresh(module):
             self._refresh([module.scale_group])
@@ -89,7 +112,7 @@ class GlobalScales:
         """Recompute every scale from the weights as they are now."""
         self._refresh(self._groups)
 
-    def _is_seen(self, module: ScaledModule) -> bool:
+    def _is_seen(self, module: QATWeight) -> bool:
         seen, version, scale = self._seen.get(module, (_nothing, 0, _nothing))
         if scale() is not module.global_decode_scale:
             return False  # the buffer was replaced: Accelerate puts old ones back after loading, `.to` makes new ones
@@ -102,7 +125,7 @@ class GlobalScales:
     @torch.no_grad()
     def _refresh(self, groups: Iterable[str]) -> None:
         """One batched pass a device: a handful of launches for all weights together, nothing read back."""
-        by_place: dict[tuple[torch.device, Any], list[list[ScaledModule]]] = {}
+        by_place: dict[tuple[torch.device, Any], list[list[QATWeight]]] = {}
         for group in groups:
             # Offloaded weights are on the meta device between forwards and have nothing to read.
             members = [module for module in self._groups[group] if module.weight.device.type != "meta"]
@@ -111,18 +134,25 @@ class GlobalScales:
                 by_place.setdefault((members[0].weight.device, mesh), []).append(members)
         for place, grouped in by_place.items():
             modules = [module for members in grouped for module in members]
-            first_groups = [position for position, members in enumerate(grouped) for _ in members]
+            # A group has one scale, or one for each expert.
+            num_scales = [members[0].global_decode_scale.numel() for members in grouped]
+            starts = [0, *accumulate(num_scales)]
+            first_scales = [
+                start + (experts.start if (experts := own_experts(module.weight)) else 0)
+                for start, members in zip(starts, grouped, strict=False)
+                for module in members
+            ]
             weights = [own_part(module.weight) for module in modules]
             amax = self._amaxes.get(place)
-            if amax is None or not amax.fits(weights, first_groups):
-                amax = self._amaxes[place] = GroupAmax(weights, first_groups, len(grouped))
+            if amax is None or not amax.fits(weights, first_scales):
+                amax = self._amaxes[place] = GroupAmax(weights, first_scales, starts[-1])
             shared_amax = amax(weights)
             if place[1] is not None:
                 _maximum_over_shards(shared_amax, place[1])
-            scales = global_decode_scale_of_amax(shared_amax).unbind()
+            scales = global_decode_scale_of_amax(shared_amax).split(num_scales)
             torch._foreach_copy_(
-                [own_part(module.global_decode_scale) for module in modules],
-                [scales[group] for group in first_groups],
+                [own_part(module.global_decode_scale).view(-1) for module in modules],
+                [scale for scale, members in zip(scales, grouped, strict=True) for _ in members],
             )
             for module in modules:
                 if module.global_decode_scale.device.type != "meta":  # else there is nothing to have written to
@@ -147,6 +177,20 @@ def own_part(tensor: Any) -> torch.Tensor:
     Scales are whole everywhere, but tensor parallelism makes DTensors of them too.
     """
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def own_experts(weight: Any) -> Any:
+    """Index of the scales of the part of a weight that this process has, into all of the weight's.
+
+    Args:
+        weight: ``[N, K]``, which has one scale, or experts ``[E, N, K]``, sharded or not.
+    """
+    if weight.ndim < 3:
+        return ()
+    if not isinstance(weight, DTensor):
+        return slice(0, len(weight))
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    return slice(offset[0], offset[0] + shape[0])
 
 
 def _mesh(weight: Any) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from hf_nvfp4_qat.modules.experts import QATExperts, adopt_experts, why_not_trainable
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
-from hf_nvfp4_qat.modules.global_scale import GlobalScales
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
 
@@ -101,7 +102,7 @@ class Coverage:
         share = quantized / total if total else 0.0
         bits = share * BITS_PER_WEIGHT + (1 - share) * 16
         return (
-            f"NVFP4: {len(self.quantized)} linear layers quantized, {quantized:,} of {total:,} parameters "
+            f"NVFP4: {len(self.quantized)} layers quantized, {quantized:,} of {total:,} parameters "
             f"({share:.1%}); {bits:.2f} bits a parameter as served"
         )
 
@@ -140,7 +141,8 @@ def coverage_of(model: nn.Module) -> Coverage:
         counted.update(id(p) for p in parameters)
         # An excluded linear is reported even where its weight, being tied, is already counted.
         if parameters or name in reasons:
-            reason = None if isinstance(module, QATLinear) else reasons.get(name, "not a linear layer")
+            is_quantized = isinstance(module, (QATLinear, QATExperts))
+            reason = None if is_quantized else reasons.get(name, "not a linear layer")
             kind = type(module).__name__
             layers.append(LayerCoverage(name, kind, sum(p.numel() for p in parameters), reason))
     return Coverage(tuple(layers))
@@ -162,9 +164,9 @@ def matches(module_path: str, pattern: str) -> bool:
 def swap_linears(
     model: nn.Module, *, preset: str = "full", exclude: tuple[str, ...] = (), output_embedding: nn.Module | None = None
 ) -> Coverage:
-    """Turn the linears of `model` into QATLinear in place and remember why the others were left.
+    """Make the linears and fused experts of `model` train in NVFP4, in place; remember why the others do not.
 
-    Only exact ``nn.Linear`` modules are candidates: subclasses have meanings of their own.
+    Of linears only exact ``nn.Linear`` modules are candidates: subclasses have meanings of their own.
 
     Args:
         model: any module; its parameters may be on the meta device.
@@ -176,12 +178,14 @@ def swap_linears(
         The coverage after the swap.
 
     Raises:
-        ValueError: no linear left to quantize, fused 3-D experts, in_features not divisible by 16, a fused group of
-            which only a part is excluded, a pattern that names nothing. Raised before any layer is changed.
+        ValueError: nothing left to quantize, fused experts in a layout that NVFP4 does not cover, in_features not
+            divisible by 16, a fused group of which only a part is excluded, a pattern that names nothing. Raised
+            before any layer is changed.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    _refuse_fused_experts(model, exclude)
+    experts = fused_experts(model)
     _refuse_idle_patterns(model, exclude)
+    _refuse_experts(model, experts, exclude)
     # A linear that shares an embedding's weight is the output embedding, whatever it is called.
     input_embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     embeddings = [module for module in (output_embedding, *input_embeddings) if module is not None]
@@ -192,19 +196,26 @@ def swap_linears(
         reason = _reason_to_exclude(name, module, parent, preset, exclude, id(module.weight) in embedding_weights)
         if reason is not None:
             reasons[name] = reason
+    for name in experts:
+        if pattern := _pattern_for(name, exclude):
+            reasons[name] = f"exclude: {pattern}"
     selected = {name: module for name, module in linears.items() if name not in reasons}
+    selected_experts = [name for name in experts if name not in reasons]
     _refuse_indivisible(selected)
     _refuse_split_groups(set(selected), set(linears))
-    if not selected:
+    if not selected and not selected_experts:
         raise ValueError(
             f"No layer is left to quantize: of {len(linears)} nn.Linear modules in {type(model).__name__}, all are "
-            f"excluded ({_counted(reasons)}). NVFP4 covers torch.nn.Linear; check `preset` and `exclude`."
+            f"excluded ({_counted(reasons)}). NVFP4 covers torch.nn.Linear and fused experts; check `preset` and "
+            "`exclude`."
         )
     for name, linear in selected.items():
         check_adoptable(linear, name=name)
     global_scales = GlobalScales()
     for name, linear in selected.items():
         QATLinear.adopt(linear, name=name, scale_group=fused_group_key(name), global_scales=global_scales)
+    for name in selected_experts:
+        adopt_experts(model.get_submodule(name), name=name, global_scales=global_scales)
     # Plain data, so that deepcopy and pickle carry it along.
     excluded: Any = {**_bare_routers(model), **reasons}
     model.nvfp4_excluded = excluded
@@ -212,8 +223,19 @@ def swap_linears(
 
 
 def qat_modules(model: nn.Module) -> dict[str, QATLinear]:
-    """The QAT layers of `model` by module path."""
+    """The linear QAT layers of `model` by module path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QATLinear)}
+
+
+def qat_weights(model: nn.Module) -> dict[str, QATWeight]:
+    """The weights of `model` that train in NVFP4 by parameter name: of linears, and of fused experts."""
+    weights: dict[str, QATWeight] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QATLinear):
+            weights[f"{path}.weight".lstrip(".")] = module
+        elif isinstance(module, QATExperts):
+            weights |= {f"{path}.{name}".lstrip("."): weight for name, weight in module.nvfp4_weights.items()}
+    return weights
 
 
 def refresh_global_scales(model: nn.Module) -> None:
@@ -221,7 +243,7 @@ def refresh_global_scales(model: nn.Module) -> None:
 
     Needed only after writing weights through ``.data``, which PyTorch's version counters do not see.
     """
-    for scales in {id(module.global_scales): module.global_scales for module in qat_modules(model).values()}.values():
+    for scales in {id(weight.global_scales): weight.global_scales for weight in qat_weights(model).values()}.values():
         scales.refresh()
 
 
@@ -247,7 +269,7 @@ def _reads_weight(parent: nn.Module, local_name: str) -> bool:
 def _reason_to_exclude(
     name: str, module: nn.Module, parent: nn.Module, preset: str, exclude: tuple[str, ...], is_output_embedding: bool
 ) -> str | None:
-    if pattern := next((pattern for pattern in exclude if matches(name, pattern)), None):
+    if pattern := _pattern_for(name, exclude):
         return f"exclude: {pattern}"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__}, a subclass of nn.Linear"
@@ -256,6 +278,10 @@ def _reason_to_exclude(
     if _reads_weight(parent, name.rpartition(".")[2]):
         return f"its weight is read by {type(parent).__name__}, past its forward"
     return _reason_by_rule(name, preset)
+
+
+def _pattern_for(name: str, exclude: tuple[str, ...]) -> str | None:
+    return next((pattern for pattern in exclude if matches(name, pattern)), None)
 
 
 def _reason_by_rule(name: str, preset: str) -> str | None:
@@ -290,14 +316,15 @@ def fused_experts(model: nn.Module) -> list[str]:
     ]
 
 
-def _refuse_fused_experts(model: nn.Module, exclude: tuple[str, ...]) -> None:
-    experts = [name for name in fused_experts(model) if not any(matches(name, pattern) for pattern in exclude)]
-    if experts:
-        raise ValueError(
-            f"Fused experts (3-D parameters) are not supported yet, and leaving them out in silence would train most "
-            f"of the model in high precision; {type(model).__name__} has {len(experts)} such modules, the first "
-            f"{experts[0]}. To train only the other linears in NVFP4, add 're:.*experts$' to `exclude`."
-        )
+def _refuse_experts(model: nn.Module, experts: list[str], exclude: tuple[str, ...]) -> None:
+    for name in experts:
+        module = model.get_submodule(name)
+        if _pattern_for(name, exclude) is None and (reason := why_not_trainable(module)):
+            raise ValueError(
+                f"NVFP4 does not cover the fused experts of {type(model).__name__} ({name}, {type(module).__name__}): "
+                f"{reason}. Leaving them out in silence would train most of the model in high precision; to train only "
+                "the other layers in NVFP4, add 're:.*experts$' to `exclude`."
+            )
 
 
 def _refuse_idle_patterns(model: nn.Module, exclude: tuple[str, ...]) -> None:

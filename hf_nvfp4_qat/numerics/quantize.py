@@ -96,6 +96,11 @@ def fake_quantize_nvfp4(
     """
     detached, global_decode_scale = _checked(weight.detach(), global_decode_scale)
     values = fake_quantize_unchecked(detached, global_decode_scale, impl=impl)
+    return straight_through(weight, values)
+
+
+def straight_through(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values`, whose gradient goes to `weight`, of the same shape, as it is."""
     return _StraightThrough.apply(weight, values) if weight.requires_grad else values
 
 

@@ -14,8 +14,9 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from hf_nvfp4_qat.checkpoint.save import SavePretrained
+from hf_nvfp4_qat.checkpoint.stream import check_expert_names
 from hf_nvfp4_qat.modules.linear import QATLinear
-from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, refresh_global_scales, swap_linears
+from hf_nvfp4_qat.modules.swap import coverage_of, qat_weights, refresh_global_scales, swap_linears
 from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class NVFP4QATHfQuantizer(HfQuantizer):
             exclude=self.quantization_config.exclude,
             output_embedding=model.get_output_embeddings(),
         )
+        check_expert_names(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         _finish(model, self.quantization_config)
@@ -121,7 +123,7 @@ def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
 
 
 def _refuse_quantized(model: nn.Module) -> None:
-    if qat_modules(model):
+    if qat_weights(model):
         raise ValueError(
             f"prepare_qat was given a {type(model).__name__} that trains in NVFP4 already. Prepare a model once."
         )

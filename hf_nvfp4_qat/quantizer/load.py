@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader
 from hf_nvfp4_qat.checkpoint.load import Requantization, load_decoded
 from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, layer_of, quantized_layers
-from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names
+from hf_nvfp4_qat.modules.experts import expert_parameters
+from hf_nvfp4_qat.modules.swap import fused_experts, qat_weights
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 
@@ -39,38 +40,47 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     """
     model, reader = load_decoded(path, **kwargs)
     packed = set(quantized_layers(reader.names))
-    linears = {module_path: layer_of(name) for name, module_path in linear_weights(model).items()}
+    layers_of: dict[str, list[str]] = {}
+    for name, module_name in checkpoint_names(model).items():
+        layers_of.setdefault(module_name, []).append(layer_of(name))
     if config is None:
-        config = NVFP4QATConfig(
-            exclude=_unpacked_linears(model, {m for m, layer in linears.items() if layer in packed})
-        )
-    decoded = {path: module.weight.detach() for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        config = NVFP4QATConfig(exclude=_unpacked_modules(model, packed, layers_of))
+    decoded = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     prepare_qat(model, config)
-    model.nvfp4_requantization = _requantization(model, reader, decoded, linears)
+    model.nvfp4_requantization = _requantization(model, reader, decoded, layers_of)
     requantization = model.nvfp4_requantization
     report = logger.warning if requantization.moved or requantization.not_trained else logger.info
     report("%s: %s.", path, model.nvfp4_requantization)
     return model
 
 
-def _unpacked_linears(model: PreTrainedModel, packed: set[str]) -> tuple[str, ...]:
-    return tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed)
+def _unpacked_modules(model: PreTrainedModel, packed: set[str], layers_of: dict[str, list[str]]) -> tuple[str, ...]:
+    """Linears and experts of which nothing is packed."""
+    weights = {name: [f"{name}.weight"] for name, module in model.named_modules() if isinstance(module, nn.Linear)} | {
+        name: [f"{name}.{parameter}" for parameter in expert_parameters(model.get_submodule(name))]
+        for name in fused_experts(model)
+    }
+    return tuple(
+        name
+        for name, parameters in weights.items()
+        if not any(layer in packed for parameter in parameters for layer in layers_of.get(parameter, ()))
+    )
 
 
 def _requantization(
-    model: PreTrainedModel, reader: CheckpointReader, decoded: dict[str, torch.Tensor], linears: dict[str, str]
+    model: PreTrainedModel, reader: CheckpointReader, decoded: dict[str, torch.Tensor], layers_of: dict[str, list[str]]
 ) -> Requantization:
     packed = quantized_layers(reader.names)
-    layers = qat_modules(model)
+    weights = qat_weights(model)
     moved: dict[str, float] = {}
     num_moved = num_elements = 0
-    for name, layer in layers.items():
-        before, after = decoded[name].to(torch.bfloat16), layer.fake_quantized_weight()
+    for name, weight in weights.items():
+        before, after = decoded[name].to(torch.bfloat16), weight.fake_quantized_weight()
         num_elements += before.numel()
         if count := int((before != after).sum()):
             num_moved += count
-            moved[name] = float((after.float() - before.float()).norm() / before.float().norm())
-    trained = {linears[name] for name in layers if name in linears}
+            moved[layer_of(name)] = float((after.float() - before.float()).norm() / before.float().norm())
+    trained = {layer for name in weights for layer in layers_of.get(name, ())}
     return Requantization(
         num_layers=len(packed),
         moved=moved,

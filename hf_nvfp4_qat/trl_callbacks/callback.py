@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 from hf_nvfp4_qat.trl_callbacks.generation import NVFP4Generation, mark
 from hf_nvfp4_qat.trl_callbacks.metrics import record, record_mismatch
@@ -77,7 +77,7 @@ class NVFP4RolloutCallback(TrainerCallback):
                 type(trainer).__name__,
             )
             return
-        if not qat_modules(model):
+        if not qat_weights(model):
             raise ValueError(
                 f"NVFP4RolloutCallback needs a model that trains in NVFP4; {type(model).__name__} has no QAT layers. "
                 "Load it with `quantization_config=NVFP4QATConfig()` or call `prepare_qat(model)`."
@@ -147,7 +147,7 @@ class NVFP4RolloutCallback(TrainerCallback):
         ref_model = getattr(trainer, "ref_model", None)
         if ref_model is None:
             logger.warning("`quantize_ref_model` does nothing: there is no reference model (`beta` is 0).")
-        elif not qat_modules(ref_model):
+        elif not qat_weights(ref_model):
             prepare_qat(ref_model, getattr(getattr(model, "hf_quantizer", None), "quantization_config", None))
 
 

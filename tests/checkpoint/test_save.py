@@ -234,7 +234,7 @@ def test_ignored_arguments_are_reported(qat_model, tmp_path, caplog):
 
 
 def test_save_nvfp4_refuses_a_model_that_is_not_trained_in_nvfp4(tmp_path):
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no QATLinear"):
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM has no QAT layers"):
         save_nvfp4(tiny_qwen3(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -3,12 +3,13 @@
 import math
 import tempfile
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from benchmarks.counted_gather import count_gathers
-from conftest import tiny_llama, tiny_qwen3, tokens
+from conftest import tiny_llama, tiny_qwen3, tiny_qwen3_moe, tokens
 from processes import in_processes
 from sharding import exact_sums, largest_difference, spread, whole
 from torch import nn
@@ -26,7 +27,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed, stop_packed_gather, use_packed_gather
 from hf_nvfp4_qat.modules import global_scale
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FP32 = MixedPrecisionPolicy()
@@ -63,11 +64,11 @@ def train(model, rank: int, *, steps: int = 4, accumulate: int = 1, clip: float 
 
 
 def seen_in_forward(model) -> dict[str, torch.Tensor]:
-    """Filled by the next forward: the weight of each QAT layer as its forward finds it."""
+    """Filled by the next forward: each QAT weight as the forward of its module finds it."""
     seen = {}
-    for name, layer in qat_modules(model).items():
-        layer.register_forward_pre_hook(
-            lambda layer, args, name=name: seen.__setitem__(name, whole(layer.weight).detach().clone())
+    for name, weight in qat_weights(model).items():
+        model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+            lambda module, args, name=name, weight=weight: seen.update({name: whole(weight.weight).detach().clone()})
         )
     return seen
 
@@ -107,11 +108,11 @@ def compare(
             module.reshard()
     expected = [
         fake_quantize_nvfp4(whole(layer.weight).detach(), global_decode_scale=layer.global_decode_scale).to(dtype)
-        for layer in qat_modules(model).values()
+        for layer in qat_weights(model).values()
     ]
-    found["seen"] = largest_difference([seen[name] for name in qat_modules(model)], expected)
+    found["seen"] = largest_difference([seen[name] for name in qat_weights(model)], expected)
     found["scale"] = largest_difference(
-        *([layer.global_decode_scale for layer in qat_modules(m).values()] for m in (model, plain))
+        *([layer.global_decode_scale for layer in qat_weights(m).values()] for m in (model, plain))
     )
     return found
 
@@ -154,6 +155,12 @@ def odd_rows() -> nn.Module:
     return model
 
 
+def experts(implementation: str = "grouped_mm", **changes) -> nn.Module:
+    model = tiny_qwen3_moe(**changes)
+    model.set_experts_implementation(implementation)
+    return model
+
+
 def _modes(rank: int) -> dict[str, dict]:
     two = {"training": {"steps": 2}}
     return {
@@ -168,6 +175,11 @@ def _modes(rank: int) -> dict[str, dict]:
         "clipping": compare(rank, training={"clip": 0.05}),
         "fused optimizer": compare(rank, training={"fused": True}),
         "compiled": compare(rank, before_sharding=_compiled, **two),
+        "experts": compare(rank, experts),
+        "experts, uneven": compare(rank, partial(experts, num_experts=5), **two),
+        "experts, eager, checkpointing": compare(
+            rank, partial(experts, "eager"), before_sharding=_checkpointing, **two
+        ),
     }
 
 
@@ -186,6 +198,8 @@ def _meshes(rank: int) -> dict[str, dict]:
     hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return {
         "uneven rows": compare(rank, odd_rows, training={"steps": 2}),
+        "experts, more processes than experts": compare(rank, partial(experts, num_experts=3), training={"steps": 2}),
+        "experts, hybrid": compare(rank, partial(experts, num_experts=3), training={"steps": 2}, mesh=hybrid),
         "hybrid": compare(rank, training={"steps": 2}, mesh=hybrid),
         "tensor parallel": _tensor_parallel(rank),
     }
@@ -216,7 +230,7 @@ def _tensor_parallel(rank: int) -> dict[str, float]:
         model(input_ids=batch, labels=batch).loss.backward()
         for name, layer in qat_modules(model).items():
             expected = fake_quantize_nvfp4(masters[name], global_decode_scale=layer.global_decode_scale).float()
-            found["seen"] = max(found["seen"], largest_difference([seen[name]], [expected]))
+            found["seen"] = max(found["seen"], largest_difference([seen[f"{name}.weight"]], [expected]))
         optimizer.step()
         optimizer.zero_grad()
     return found

@@ -1,0 +1,88 @@
+"""Repairs of other libraries, each made only when asked for.
+
+Plain Transformers decodes the experts of an NVFP4 checkpoint without their global scales (transformers#48371): the
+load report is clean or says "unexpected", and the model answers nonsense. The checkpoints are right; vLLM reads them,
+and so does ``load_nvfp4``.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+
+from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, SERVED_DTYPE, from_checkpoint
+
+_OLDEST = Version("5.17.0")
+_NEWEST_TESTED = Version("5.23.0")
+
+
+def fix_expert_loading() -> None:
+    """Let ``from_pretrained`` decode the experts of packed NVFP4 checkpoints with their global scales.
+
+    Changes Transformers' compressed-tensors loading in this process, for NVFP4 experts alone. Once is enough.
+
+    Raises:
+        ValueError: a version of Transformers in which this was not tested.
+    """
+    version = Version(Version(transformers.__version__).base_version)
+    if not _OLDEST <= version <= _NEWEST_TESTED:
+        raise ValueError(
+            f"The repair of expert loading is for Transformers {_OLDEST} to {_NEWEST_TESTED}; {version} is installed. "
+            "It may read experts rightly by itself: compare with `load_nvfp4`, which needs no repair."
+        )
+    from transformers.integrations.compressed_tensors import DecompressExperts
+    from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
+
+    if getattr(DecompressExperts.convert, "nvfp4", False):
+        return
+    DecompressExperts.convert = _with_global_scales(DecompressExperts.convert)
+    if not hasattr(CompressedTensorsHfQuantizer, "serialized_names"):  # 5.17 does not even read the scales
+        CompressedTensorsHfQuantizer.update_weight_conversions = _reading_global_scales(
+            CompressedTensorsHfQuantizer.update_weight_conversions, DecompressExperts
+        )
+
+
+def _with_global_scales(convert: Any) -> Any:
+    def decode(self: Any, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        packed = [name for name in input_dict if PACKED in name]
+        if not packed or any(name.replace(PACKED, GLOBAL_ENCODE_SCALE) not in input_dict for name in packed):
+            return convert(self, input_dict, *args, **kwargs)
+        decoded = {}
+        for name in packed:
+            parts = {
+                part: input_dict[name.replace(PACKED, part)] for part in (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE)
+            }
+            num_experts = len(parts[PACKED])
+            experts = [
+                from_checkpoint("", lambda key, expert=expert: parts[key[1:]][expert]).dequantize(SERVED_DTYPE)
+                for expert in range(num_experts)
+            ]
+            decoded[name] = torch.stack(experts)
+        return decoded
+
+    decode.nvfp4 = True  # type: ignore[attr-defined]
+    return decode
+
+
+def _reading_global_scales(update: Any, decompress_class: type) -> Any:
+    def update_with_scales(self: Any, weight_conversions: list) -> list:
+        from transformers.core_model_loading import WeightConverter
+
+        updated = []
+        for conversion in update(self, weight_conversions):
+            operations = getattr(conversion, "operations", None) or []
+            if any(isinstance(operation, decompress_class) for operation in operations):
+                packed = [name for name in conversion.source_patterns if name.endswith(f"{PACKED}$")]
+                conversion = WeightConverter(
+                    source_patterns=[
+                        *conversion.source_patterns,
+                        *(name.replace(PACKED, GLOBAL_ENCODE_SCALE) for name in packed),
+                    ],
+                    target_patterns=conversion._original_target_patterns,
+                    operations=operations,
+                )
+            updated.append(conversion)
+        return updated
+
+    return update_with_scales
