@@ -11,7 +11,8 @@ import torch
 import transformers
 from packaging.version import Version
 
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, SERVED_DTYPE, from_checkpoint
+from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, SERVED_DTYPE
+from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 _OLDEST = Version("5.17.0")
 _NEWEST_TESTED = Version("5.23.0")
@@ -50,13 +51,10 @@ def _with_global_scales(convert: Any) -> Any:
             return convert(self, input_dict, *args, **kwargs)
         decoded = {}
         for name in packed:
-            parts = {
-                part: input_dict[name.replace(PACKED, part)] for part in (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE)
-            }
-            num_experts = len(parts[PACKED])
+            parts = (input_dict[name.replace(PACKED, part)] for part in (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
             experts = [
-                from_checkpoint("", lambda key, expert=expert: parts[key[1:]][expert]).dequantize(SERVED_DTYPE)
-                for expert in range(num_experts)
+                NVFP4Tensor(codes, scales, 1.0 / encode_scale.float().reshape(())).dequantize(SERVED_DTYPE)
+                for codes, scales, encode_scale in zip(*parts, strict=True)
             ]
             decoded[name] = torch.stack(experts)
         return decoded
