@@ -96,11 +96,14 @@ EXPERT_FAMILIES: dict[str, dict] = {
 def tiny_moe(family: str, **changes) -> PreTrainedModel:
     """A model type of Transformers with experts, in fp32."""
     config_class = CONFIG_MAPPING[family]
+    # Often several names of one thing.
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    num_experts = next((changes.pop(name) for name in experts if name in changes), 8)
     options = {
         **SIZES, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "tie_word_embeddings": False,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-        **{name: 8 for name in experts if hasattr(config_class(), name)}, **EXPERT_FAMILIES.get(family, {}), **changes,
+        **{name: num_experts for name in experts if hasattr(config_class(), name)},
+        **EXPERT_FAMILIES.get(family, {}), **changes,
     }  # fmt: skip
     if family in ("deepseek_v2", "deepseek_v3"):
         del options["head_dim"]

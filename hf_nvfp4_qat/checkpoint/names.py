@@ -20,7 +20,8 @@ from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 PACKED = "weight_packed"
 BLOCK_SCALE = "weight_scale"
 GLOBAL_ENCODE_SCALE = "weight_global_scale"
-INPUT_GLOBAL_SCALE = "input_global_scale"  # only in W4A4 checkpoints, which we read but do not write
+# Only in W4A4 checkpoints, which we read but do not write; of experts vLLM waits for it all the same.
+INPUT_GLOBAL_SCALE = "input_global_scale"
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "nvfp4-pack-quantized"
@@ -43,16 +44,19 @@ def to_checkpoint(layer: str, weight: NVFP4Tensor) -> dict[str, torch.Tensor]:
     return {
         f"{layer}.{PACKED}": weight.packed,
         f"{layer}.{BLOCK_SCALE}": weight.block_scale,
-        f"{layer}.{GLOBAL_ENCODE_SCALE}": (1.0 / weight.global_decode_scale).reshape(1),
+        f"{layer}.{GLOBAL_ENCODE_SCALE}": (1.0 / weight.global_decode_scale).reshape(-1),
     }
 
 
 def checkpoint_layout(layer: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Name to (dtype, shape) of the tensors of a quantized layer whose weight is `shape` ``[N, K]``."""
+    """Name to (dtype, shape) of the tensors of a quantized layer whose weight is `shape` ``[N, K]``.
+
+    Fused experts ``[E, N, K]``, which no checkpoint holds, have the same with E in front, and E global scales.
+    """
     return {
         f"{layer}.{PACKED}": (torch.uint8, packed_shape(shape)),
         f"{layer}.{BLOCK_SCALE}": (torch.float8_e4m3fn, block_scale_shape(shape)),
-        f"{layer}.{GLOBAL_ENCODE_SCALE}": (torch.float32, (1,)),
+        f"{layer}.{GLOBAL_ENCODE_SCALE}": (torch.float32, (shape[0] if len(shape) == 3 else 1,)),
     }
 
 

@@ -11,7 +11,7 @@ pushed tensor fills, under any fusion, renaming and tensor parallelism. The regi
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
+from hf_nvfp4_qat.checkpoint.stream import ExpertPart
+from hf_nvfp4_qat.rollout.expert_weights import expert_weights
+from hf_nvfp4_qat.rollout.stacked_experts import Placement, Region, StackedExperts
 from hf_nvfp4_qat.rollout.stream import NamedTensor, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import (
     abandon_reload,
@@ -31,28 +34,6 @@ from hf_nvfp4_qat.rollout.vllm_versions import (
     unprocessed_loaders,
 )
 
-Region = tuple[tuple[int, int], ...]
-"""(start, stop) per dim of a tensor."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One copy that vLLM makes while it loads: `source` of a pushed tensor becomes `target` of an engine parameter.
-
-    Attributes:
-        tensor: name of the pushed tensor.
-        module, parameter: path of the engine's module and name of its tensor, as checkpoints see it.
-        target, source: rectangles of the parameter and of the pushed tensor.
-        is_plain: values arrive unchanged; False where a loader computes with them first, or transposes.
-    """
-
-    tensor: str
-    module: str
-    parameter: str
-    target: Region
-    source: Region
-    is_plain: bool = True
-
 
 def _num_elements(region: Region) -> int:
     return math.prod(stop - start for start, stop in region)
@@ -64,12 +45,15 @@ def slices(region: Region, *, widen: int = 1) -> tuple[slice, ...]:
     return (*(slice(*part) for part in outer), slice(widen * start, widen * stop))
 
 
-def place_tensors(worker: Any, layout: Sequence[TensorLayout]) -> list[Placement]:
+def place_tensors(
+    worker: Any, layout: Sequence[TensorLayout], experts: Mapping[str, Sequence[ExpertPart]] | None = None
+) -> list[Placement]:
     """Let vLLM's loaders place tensors of `layout` that hold no data, and check the result.
 
     Args:
         worker: vLLM's worker.
         layout: what will be pushed, in order.
+        experts: of stacked weights among it, the parts under whose names vLLM's loaders know them.
 
     Returns:
         Every copy that loading will make.
@@ -80,11 +64,12 @@ def place_tensors(worker: Any, layout: Sequence[TensorLayout]) -> list[Placement
     """
     model = worker.model_runner.get_model()
     tied = _tied_parameters(model)
+    stacked = StackedExperts(layout, experts or {})
     with current_config(worker):
         loaders = unprocessed_loaders(model)
         try:
             expected = {key: stand_in.shape for key, (_, stand_in, _) in loaders.items() if key not in tied}
-            placements = _watch_loading(model, loaders, layout)
+            placements = stacked.placements(_watch_loading(model, loaders, stacked.probes))
         finally:
             abandon_reload(model, worker.model_config)
     _check_tiling(placements, expected, layout, is_whole=worker.parallel_config.tensor_parallel_size == 1)
@@ -147,7 +132,7 @@ class Replay:
                             part = tensor[slices(placement.source)]
                             target[slices(placement.target)].view(part.shape).copy_(part)
                         else:
-                            target[slices(placement.target)].zero_()
+                            target[slices(placement.target)].fill_(placement.constant)
                         num_missing[path] -= 1
                         if not num_missing[path] and path in raw:
                             finish_module(module)
@@ -171,6 +156,13 @@ class EngineReader:
     def read(self, placement: Placement) -> torch.Tensor:
         """The values at the `target` of a placement; of packed codes the decoded values, twice as wide."""
         module = self._model.get_submodule(placement.module)
+        name = placement.parameter.removesuffix(f"_{PACKED}")
+        if placement.parameter != name:
+            if self._last[0] != f"{placement.module}.{name}":
+                self._last = ("", None)
+                self._last = (f"{placement.module}.{name}", expert_weights(module, name))
+            assert self._last[1] is not None
+            return self._last[1][slices(placement.target, widen=2)]
         if not _is_linear(module) or placement.parameter not in ("weight", PACKED, "bias"):
             return getattr(module, placement.parameter).detach()[slices(placement.target)]
         if placement.parameter == "bias":
@@ -186,7 +178,7 @@ class EngineReader:
 
 def is_compared(placement: Placement) -> bool:
     """Whether a placement holds values of its own to compare: not a constant, and not the scales, which codes imply."""
-    return bool(placement.source) and placement.parameter not in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE)
+    return bool(placement.source) and not placement.parameter.endswith((BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
 
 
 def kernel_name(worker: Any) -> str:
@@ -195,13 +187,16 @@ def kernel_name(worker: Any) -> str:
         kernel = getattr(getattr(module, "scheme", None), "kernel", None)
         if kernel is not None:
             return type(kernel).__name__
+        if hasattr(module, "w13_weight") and hasattr(module, "w13_weight_scale"):
+            return type(module.quant_method).__name__
     return ""
 
 
 def _is_linear(module: nn.Module) -> bool:
     from vllm.model_executor.layers.linear import LinearBase
 
-    return isinstance(module, LinearBase)
+    # A router that has a kernel of its own is no linear in this sense.
+    return isinstance(module, LinearBase) and hasattr(module, "input_size_per_partition")
 
 
 def _linear_weight(module: Any, *, rows_at_once: int = 1024) -> torch.Tensor:

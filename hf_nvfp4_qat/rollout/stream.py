@@ -7,22 +7,34 @@
     packed codes    uint8          [N, K / 2]
     block scales    float8_e4m3fn  [N, K / 16]
 
-Siblings that vLLM fuses (q/k/v, gate/up) travel together, so that the engine never holds more than one unfinished
-module. Tensors are fresh unless a receiver in the same process says it needs no copies: an optimizer or a sharding
-library may overwrite a training weight while a sender still reads it. A weight is packed on the device where it lies.
+Siblings that vLLM fuses (q/k/v, gate/up, the experts of a layer) travel together, so that the engine never holds more
+than one unfinished module. Tensors are fresh unless a receiver in the same process says it needs no copies: an
+optimizer or a sharding library may overwrite a training weight while a sender still reads it. A weight is packed on the
+device where it lies.
+
+Experts travel one by one, as checkpoints hold them, with a constant input scale: vLLM counts it, and holds the experts
+of all layers back until it comes. Or, for a receiver that knows where they go, stacked: one tensor for all of a layer.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, layer_of, quantization_config, to_checkpoint
+from hf_nvfp4_qat.checkpoint.names import (
+    GLOBAL_ENCODE_SCALE,
+    INPUT_GLOBAL_SCALE,
+    checkpoint_layout,
+    layer_of,
+    quantization_config,
+    to_checkpoint,
+)
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.distributed.gather import gather_packed, own_rows
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
@@ -59,8 +71,9 @@ class RolloutStream:
 
     Attributes:
         layout: the tensors that will come, in order.
-        num_packed: quantized weights among them.
+        num_packed: quantized weights among them; fused experts count once.
         num_bytes, num_bf16_bytes: of the whole push, and of the same weights in bfloat16.
+        experts: name of each quantized fused weight to its parts in a checkpoint.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,12 +92,29 @@ class RolloutStream:
             )
         _check_scales(packed)
         self._groups = _fused_groups(sources)
-        self._group_layouts = [_group_layout(group) for group in self._groups]
-        self.layout = tuple(item for layout in self._group_layouts for item in layout)
+        self._is_stacked = False
+        self.experts = {source.name: source.parts for source in packed if source.parts}
         self.num_packed = len(packed)
-        self.num_bytes = sum(item.nbytes for item in self.layout)
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
         self.ignored_layers = ignored_layers(model, sources)
+
+    def stack_experts(self, is_stacked: bool = True) -> None:
+        """Let each fused weight come in one piece, under its module's name, or not; before anything is read."""
+        self._is_stacked = is_stacked
+        for name in ("_group_layouts", "layout"):
+            vars(self).pop(name, None)
+
+    @cached_property
+    def layout(self) -> tuple[TensorLayout, ...]:  # noqa: D102
+        return tuple(item for layout in self._group_layouts for item in layout)
+
+    @cached_property
+    def _group_layouts(self) -> list[list[TensorLayout]]:
+        return [_group_layout(group, is_stacked=self._is_stacked) for group in self._groups]
+
+    @property
+    def num_bytes(self) -> int:  # noqa: D102
+        return sum(item.nbytes for item in self.layout)
 
     @property
     def quantization_config(self) -> dict[str, Any]:
@@ -127,10 +157,17 @@ class RolloutStream:
                     packed = quantize_unchecked(weight, source.global_decode_scale())
                     observe(source.name, weight, packed)
                     del weight
-                tensors |= to_checkpoint(layer_of(source.name), packed)
+                tensors |= self._under_names(source, packed)
             for item in layout:
                 # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
                 yield item.name, tensors.pop(item.name)
+
+    def _under_names(self, source: TensorSource, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
+        if self._is_stacked and source.parts:
+            return to_checkpoint(source.name, packed)
+        tensors = source.under_checkpoint_names(packed)
+        one = torch.ones(1, dtype=torch.float32, device=packed.packed.device)
+        return tensors | dict.fromkeys(_input_scales(source), one)
 
     def _gather_layer(self, number: int) -> dict[str, NVFP4Tensor]:
         """The sharded weights of group `number` and of the rest of its decoder layer, in one all-gather."""
@@ -157,9 +194,10 @@ def _decoder_layer(name: str) -> str:
 def _check_scales(packed: list[TensorSource]) -> None:
     """One read from the device for all of them: finite, and equal among siblings."""
     scales = [source.global_decode_scale() for source in packed if source.global_decode_scale is not None]
-    values = torch.stack([scale.to(scales[0].device) for scale in scales]).tolist()
-    by_name = {source.name: value for source, value in zip(packed, values, strict=True)}
-    if bad := [name for name, value in by_name.items() if not math.isfinite(value)]:
+    read = torch.cat([scale.to(scales[0].device).view(-1) for scale in scales])
+    split = read.split([scale.numel() for scale in scales])
+    by_name = {source.name: values.tolist() for source, values in zip(packed, split, strict=True)}
+    if bad := [name for name, values in by_name.items() if not all(map(math.isfinite, values))]:
         raise ValueError(
             f"NVFP4 has no infinity and no NaN; {len(bad)} weights (or fused siblings of theirs) hold some, the first "
             f"is {bad[0]}. Nothing was sent. Training has probably diverged: go back to an earlier checkpoint."
@@ -178,11 +216,25 @@ def _fused_groups(sources: list[TensorSource]) -> list[list[TensorSource]]:
     """Sources that land in one module of vLLM, biases included, side by side; groups in order of first appearance."""
     groups: dict[str, list[TensorSource]] = {}
     for source in sources:
-        groups.setdefault(fused_group_key(source.name.rpartition(".")[0]), []).append(source)
+        layer = source.name.rpartition(".")[0]
+        groups.setdefault(fused_group_key(layer) if not source.parts else layer, []).append(source)
     return list(groups.values())
 
 
-def _group_layout(group: list[TensorSource]) -> list[TensorLayout]:
-    layout = [TensorLayout(name, dtype, shape) for source in group for name, (dtype, shape) in source.layout().items()]
+def _input_scales(source: TensorSource) -> list[str]:
+    return [f"{layer_of(part.name)}.{INPUT_GLOBAL_SCALE}" for part in source.parts]
+
+
+def _group_layout(group: list[TensorSource], *, is_stacked: bool) -> list[TensorLayout]:
+    layout = []
+    for source in group:
+        tensors = source.layout()
+        if source.parts:
+            if is_stacked:
+                tensors = checkpoint_layout(source.name, source.shape)
+            else:
+                tensors |= dict.fromkeys(_input_scales(source), (torch.float32, (1,)))
+        layout += [TensorLayout(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
     # Stable: siblings keep their order. Widest elements first keeps every tensor aligned to its own element size.
-    return sorted(layout, key=lambda item: (not item.name.endswith(GLOBAL_ENCODE_SCALE), -item.dtype.itemsize))
+    scales = (GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE)
+    return sorted(layout, key=lambda item: (not item.name.endswith(scales), -item.dtype.itemsize))

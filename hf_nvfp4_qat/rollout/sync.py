@@ -10,13 +10,14 @@ An engine that has not been filled yet, or whose last push failed half-way, refu
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of
+from hf_nvfp4_qat.checkpoint.stream import TensorSource
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import (
@@ -138,8 +139,7 @@ def check(engine: Any, model: nn.Module) -> EngineCheck:
     not_compared = []
     num_weights = 0
     for source, weight in stream.weights():
-        name = f"{layer_of(source.name)}.{PACKED}" if source.is_quantized else source.name
-        placements = [placement for placement in plan.by_tensor.get(name, ()) if is_compared(placement)]
+        placements = [placement for placement in plan.placements(source) if is_compared(placement)]
         if not all(placement.is_plain for placement in placements):
             not_compared.append(source.name)
             continue
@@ -226,22 +226,43 @@ def allow_to_generate(engine: Any) -> None:
 class _EnginePlan:
     """What was worked out for one engine and one layout: where tensors go, and how the next push gets there."""
 
-    def __init__(self, worker: Any, layout: Sequence[TensorLayout]) -> None:
+    def __init__(self, worker: Any, stream: RolloutStream) -> None:
         if worker.model_config.dtype != torch.bfloat16:
             raise ValueError(
                 f"Decoded NVFP4 weights are exact in bfloat16; the engine computes in {worker.model_config.dtype}. "
                 'Make it with dtype="bfloat16".'
             )
         self._worker = worker
-        self.layout = tuple(layout)
+        self.layout = stream.layout
         self.by_tensor: dict[str, list[Placement]] = {}
-        for placement in place_tensors(worker, layout):
+        for placement in place_tensors(worker, stream.layout, stream.experts):
             self.by_tensor.setdefault(placement.tensor, []).append(placement)
-        self._replay: Replay | None = None
+        self._replay: Replay | None = Replay(worker, self.by_tensor) if stream.experts else None
+        # vLLM's own loaders do not take stacked experts, so these must go by copies.
+        self.is_stacked = self._replay is not None and self._replay.is_possible
+
+    def placements(self, source: TensorSource) -> list[Placement]:
+        """Where the weight `source` goes, of a quantized one its codes; as regions of all of it."""
+        if not source.is_quantized:
+            return self.by_tensor.get(source.name, [])
+        if not source.parts or self.is_stacked:
+            return self.by_tensor.get(f"{layer_of(source.name)}.{PACKED}", [])
+        return [
+            replace(placement, source=((part.expert, part.expert + 1), (start + first, start + last), columns))
+            for part in source.parts
+            for placement in self.by_tensor.get(f"{layer_of(part.name)}.{PACKED}", [])
+            for start in [part.rows.start]
+            for (first, last), columns in [placement.source]
+        ]
 
     def load(self, tensors: Iterator[NamedTensor], layout: Sequence[TensorLayout]) -> None:
-        """The first push, and any after a failure, go through vLLM's loaders; the others repeat their copies."""
+        """The first push, and any after a failure, go through vLLM's loaders; the others repeat their copies.
+
+        Stacked experts are always copied.
+        """
         replay, self._replay = self._replay, None
+        if self.is_stacked:
+            replay = replay or Replay(self._worker, self.by_tensor)
         if replay is not None and replay.is_possible:
             replay.load(tensors, layout)
         else:
@@ -250,10 +271,18 @@ class _EnginePlan:
 
 
 def _plan(worker: Any, stream: RolloutStream) -> _EnginePlan:
-    """The engine's plan, made and checked once, and again if the stream changes; it lives and dies with the worker."""
+    """The engine's plan, made and checked once, and again if the stream changes; it lives and dies with the worker.
+
+    Experts go stacked where they can.
+    """
     plan = getattr(worker, _PLAN, None)
+    stream.stack_experts(plan is None or plan.is_stacked)
     if plan is None or plan.layout != stream.layout:
-        plan = _EnginePlan(worker, stream.layout)
+        plan = _EnginePlan(worker, stream)
+        if stream.experts and not plan.is_stacked:
+            stream.stack_experts(False)
+            plan = _EnginePlan(worker, stream)
+            plan.is_stacked = False
         setattr(worker, _PLAN, plan)
     return plan
 

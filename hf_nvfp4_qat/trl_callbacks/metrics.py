@@ -36,17 +36,17 @@ class WeightSample:
 
         Args:
             name: checkpoint name.
-            weight: master weight ``[N, K]``.
+            weight: master weight ``[N, K]``, or experts ``[E, N, K]``.
             packed: what is pushed of it.
         """
-        num_rows, in_features = weight.shape
-        rows = slice(None, None, max(1, -(-num_rows * in_features // ELEMENTS_PER_WEIGHT)))
-        block_scale = packed.block_scale[rows].reshape(-1, 1)
+        rows = slice(None, None, max(1, -(-weight.numel() // ELEMENTS_PER_WEIGHT)))
+        block_scale = packed.block_scale.flatten(0, -2)[rows]
+        global_scale = packed.global_decode_scale.view(-1, 1).expand(-1, weight.shape[-2]).reshape(-1, 1)[rows]
         self._names.append(name)
-        self._masters.append(weight[rows].to(torch.bfloat16).reshape(-1, BLOCK_SIZE))
-        self._codes.append(packed.packed[rows].reshape(-1, BLOCK_SIZE // 2))
-        self._block_scales.append(block_scale)
-        self._global_scales.append(packed.global_decode_scale.expand(block_scale.shape))
+        self._masters.append(weight.flatten(0, -2)[rows].to(torch.bfloat16).reshape(-1, BLOCK_SIZE))
+        self._codes.append(packed.packed.flatten(0, -2)[rows].reshape(-1, BLOCK_SIZE // 2))
+        self._block_scales.append(block_scale.reshape(-1, 1))
+        self._global_scales.append(global_scale.expand(block_scale.shape).reshape(-1, 1))
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the push that just ended; starts the next.

@@ -1,15 +1,17 @@
 """Two processes with FSDP2: each pushes the whole model's packed weights, gathered from shards."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_llama, tokens
+from conftest import tiny_llama, tiny_qwen3_moe, tokens
 from processes import in_processes
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
 
@@ -22,8 +24,8 @@ def _train(model) -> None:
         optimizer.zero_grad()
 
 
-def _push(rank: int) -> tuple:
-    whole, sharded = prepare_qat(tiny_llama()), prepare_qat(tiny_llama())
+def _push(make, rank: int) -> tuple:
+    whole, sharded = prepare_qat(make()), prepare_qat(make())
     for layer in sharded.model.layers:
         fully_shard(layer)
     fully_shard(sharded)
@@ -49,7 +51,7 @@ def _push(rank: int) -> tuple:
         torch.equal(fake_quantize_nvfp4(weight, global_decode_scale=packed.global_decode_scale), packed.dequantize())
         for _, weight, packed in observed
     )
-    num_weights = sum(layer.weight.numel() for layer in qat_modules(whole).values())
+    num_weights = sum(weight.weight.numel() for weight in qat_weights(whole).values())
     # One gather a decoder layer, of half of the rows in 4.5 bits a weight.
     gathers = (len(sent), sum(sent) == num_weights // 2 * 4.5 / 8)
     return (
@@ -64,6 +66,9 @@ def _push(rank: int) -> tuple:
 
 
 @pytest.mark.slow
-def test_an_fsdp2_model_pushes_what_the_whole_model_would():
-    results = in_processes(_push)
-    assert results[0] == results[1] == (True, 63, True, True, 14, True, (2, True))
+@pytest.mark.parametrize(
+    ("make", "num_tensors", "num_packed"), [(tiny_llama, 63, 14), (partial(tiny_qwen3_moe, num_experts=4), 132, 12)]
+)
+def test_an_fsdp2_model_pushes_what_the_whole_model_would(make, num_tensors, num_packed):
+    results = in_processes(partial(_push, make))
+    assert results[0] == results[1] == (True, num_tensors, True, True, num_packed, True, (2, True))

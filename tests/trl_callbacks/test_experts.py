@@ -1,0 +1,64 @@
+"""GRPO of a mixture of experts with a real engine: trained, pushed, checked, as close to the trainer as in BF16."""
+
+import pytest
+import torch
+from conftest import SMALL_ENGINE, load_qat, tiny_qwen3_moe
+from transformers import AutoModelForCausalLM, set_seed
+from trl_callbacks.test_callback import MEMORY, byte_tokenizer, greedy, logged, make_trainer, rollouts
+
+from hf_nvfp4_qat import save_nvfp4
+from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+# Enough tokens: where rounding tips the router, a token differs much, and few do.
+LARGE = {"per_device_train_batch_size": 64, "max_steps": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("grpo_moe")
+    tokenizer = byte_tokenizer()
+    model = tiny_qwen3_moe(
+        vocab_size=512, hidden_size=128, intermediate_size=256, moe_intermediate_size=128, head_dim=32,
+        initializer_range=0.06, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model.to(torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_mismatch_is_that_of_bf16_and_the_engine_runs_what_is_exported(folder, tmp_path, monkeypatch):
+    from trl.generation import vllm_generation
+    from vllm import LLM
+
+    from hf_nvfp4_qat.trl_callbacks.metrics import record_mismatch
+
+    set_seed(0)
+    # The same function as the QAT model's: with decoded weights.
+    decoded = tmp_path / "decoded"
+    quantize_checkpoint(folder, tmp_path / "packed")
+    dequantize_checkpoint(tmp_path / "packed", decoded)
+    byte_tokenizer().save_pretrained(decoded)
+    plain = AutoModelForCausalLM.from_pretrained(decoded, dtype=torch.float32)
+    engine = vllm_generation.LLM
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_generation, "LLM", lambda **kwargs: engine(**kwargs, **SMALL_ENGINE, dtype="bfloat16"))
+        # The weights stay as they are: TRL pushes fused experts under names that vLLM does not know.
+        trainer = make_trainer(plain, decoded, tmp_path, [], learning_rate=0.0, **LARGE)
+        trainer.vllm_generation.sync_weights = lambda: None
+    record_mismatch(trainer)
+    trainer.train()
+    bf16 = logged(trainer, "nvfp4/mismatch_kl")
+    set_seed(0)
+    model = load_qat(folder)
+    trainer = make_trainer(model, folder, tmp_path, [rollouts(check_every=1)], learning_rate=1e-3, **LARGE)
+    trainer.train()
+    qat = logged(trainer, "nvfp4/mismatch_kl")
+    assert len(qat) == len(bf16) == 4
+    assert sum(qat) <= 1.2 * sum(bf16), (qat, bf16)
+    assert max(logged(trainer, "nvfp4/code_flips")) > 0
+    trainer.vllm_generation.sync_weights()
+    save_nvfp4(model, tmp_path / "served")
+    fresh = LLM(str(tmp_path / "served"), max_model_len=128, gpu_memory_utilization=MEMORY, **SMALL_ENGINE)
+    assert greedy(fresh) == greedy(trainer.vllm_generation.llm)
