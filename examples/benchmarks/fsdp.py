@@ -18,8 +18,9 @@ import torch.distributed as dist
 import typer
 from counted_gather import CountedGather, count_gathers
 from report import plot_bars, record
+from shapes import Shape
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM
 
 from hf_nvfp4_qat import prepare_qat
 from hf_nvfp4_qat.distributed.packed_gather import use_packed_gather
@@ -29,10 +30,7 @@ POLICY = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfl
 
 
 def make_model(kind: str, num_layers: int, *, checkpointing: bool) -> tuple[torch.nn.Module, CountedGather]:
-    config = Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=num_layers,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
+    config = Shape.dense.config(num_hidden_layers=num_layers, use_cache=False)
     torch.manual_seed(0)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -2,9 +2,10 @@
 
     python examples/benchmarks/rollout.py                    Qwen3-8B's shape, random weights
     python examples/benchmarks/rollout.py --layers 8 --batches 1 8
+    python examples/benchmarks/rollout.py --shape Qwen3-30B-A3B --memory-share 0.4
 
 Each engine runs in a process of its own, in turn, beside the model in training (bfloat16). The BF16 push is what TRL
-does in colocate mode: ``load_weights`` for one tensor after the other. Prints a table and appends it to RESULTS.md.
+does in colocate mode: ``load_weights`` for one tensor after the other, which vLLM does not take fused experts by. Prints a table and appends it to RESULTS.md.
 """
 
 import argparse
@@ -22,22 +23,22 @@ from report import record
 GIB = 2**30
 
 
-def make_model(num_layers: int):
-    """Qwen3-8B, or fewer of its layers, with random weights on the GPU."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
+def make_model(shape: str, num_layers: int | None):
+    """The model, or fewer of its layers, with random weights on the GPU."""
+    from shapes import Shape
+    from transformers import AutoModelForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=num_layers,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    changes = {} if num_layers is None else {"num_hidden_layers": num_layers}
+    config = Shape(shape).config(max_position_embeddings=4096, **changes)
     with torch.device("cuda"):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def make_engine(folder: str, memory_share: float, **kwargs):
+def make_engine(folder: str, memory_share: float, *, compiled: bool, **kwargs):
     from vllm import LLM
 
+    if not compiled:
+        kwargs["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
     return LLM(
         model=folder, skip_tokenizer_init=True, max_model_len=512,
         gpu_memory_utilization=memory_share, distributed_executor_backend="uni", max_num_seqs=256, **kwargs,
@@ -83,21 +84,21 @@ def measure(engine_kind: str, options: argparse.Namespace) -> dict:
     from hf_nvfp4_qat.rollout.stream import RolloutStream
     from hf_nvfp4_qat.rollout.sync import check, engine_arguments, sync, worker_of
 
-    model = make_model(options.layers)
+    model = make_model(options.shape, options.layers)
     if engine_kind == "nvfp4":
         prepare_qat(model)
     with tempfile.TemporaryDirectory() as folder:
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         arguments = engine_arguments(model) if engine_kind == "nvfp4" else {"load_format": "dummy", "dtype": "bfloat16"}
-        engine = make_engine(folder, options.memory_share, **arguments)
+        engine = make_engine(folder, options.memory_share, compiled=options.compile, **arguments)
     worker = worker_of(engine)
     result: dict = {"weights_gib": worker.model_runner.model_memory_usage / GIB}
     if engine_kind == "nvfp4":
         result["kernel"] = kernel_name(worker)
         result["push"] = timed(lambda: sync(engine, model), options.repeats)
-        result["plan"] = timed(lambda: RolloutStream(model), options.repeats)
-        result["pack"] = timed(lambda: [None for _ in RolloutStream(model).tensors(fresh=False)], options.repeats)
+        result["plan"] = timed(lambda: RolloutStream(model).stack_experts(), options.repeats)
+        result["pack"] = timed(lambda: pack(RolloutStream(model)), options.repeats)
         report = sync(engine, model)
         result |= {
             "bytes_gib": report.num_bytes / GIB,
@@ -117,11 +118,19 @@ def measure(engine_kind: str, options: argparse.Namespace) -> dict:
             for name, parameter in model.named_parameters():
                 load([(name, parameter.data)])
 
-        result["push"] = timed(push_as_trl_does, options.repeats)
+        if options.shape == "Qwen3-8B":
+            result["push"] = timed(push_as_trl_does, options.repeats)
         result["bytes_gib"] = sum(parameter.nbytes for parameter in model.parameters()) / GIB
     result["decode"] = decode_throughput(engine, options.batches)
     result["largest_tensor_gib"] = max(parameter.nbytes for parameter in model.parameters()) / GIB
     return result
+
+
+def pack(stream) -> None:
+    """All tensors of a push, each forgotten at once."""
+    stream.stack_experts()
+    for _ in stream.tensors(fresh=False):
+        pass
 
 
 def write_profile(function, path: str) -> None:
@@ -136,19 +145,22 @@ def write_profile(function, path: str) -> None:
         pstats.Stats(profile, stream=file).sort_stats("tottime").print_stats(40)
 
 
-def report(bf16: dict, nvfp4: dict, num_layers: int) -> None:
+def report(bf16: dict, nvfp4: dict, shape: str) -> None:
     """Both engines' numbers, side by side."""
     import transformers
     import vllm
 
+    def pushed(what: str, digits: int) -> str:
+        return f"{bf16['push'][what]:.{digits}f}" if "push" in bf16 else "-"
+
     rows = [
         ["engine weights, GiB", f"{bf16['weights_gib']:.2f}", f"{nvfp4['weights_gib']:.2f}"],
         ["pushed, GiB", f"{bf16['bytes_gib']:.2f}", f"{nvfp4['bytes_gib']:.2f}"],
-        ["push, s (median, the first apart)", f"{bf16['push']['median']:.3f}", f"{nvfp4['push']['median']:.3f}"],
-        ["first push, s (checks the engine's layout)", f"{bf16['push']['first']:.3f}", f"{nvfp4['push']['first']:.3f}"],
+        ["push, s (median, the first apart)", pushed("median", 3), f"{nvfp4['push']['median']:.3f}"],
+        ["first push, s (checks the engine's layout)", pushed("first", 3), f"{nvfp4['push']['first']:.3f}"],
         ["of it: refresh of scales and plan, s", "", f"{nvfp4['plan']['median']:.3f}"],
         ["of it: plan and packing on the GPU, s", "", f"{nvfp4['pack']['median']:.3f}"],
-        ["extra memory at its peak, GiB", f"{bf16['push']['extra_gib']:.2f}", f"{nvfp4['push']['extra_gib']:.2f}"],
+        ["extra memory at its peak, GiB", pushed("extra_gib", 2), f"{nvfp4['push']['extra_gib']:.2f}"],
         *(
             [f"decode, tokens/s, batch {batch}", f"{bf16['decode'][batch]:.0f}", f"{nvfp4['decode'][batch]:.0f}"]
             for batch in bf16["decode"]
@@ -156,7 +168,7 @@ def report(bf16: dict, nvfp4: dict, num_layers: int) -> None:
     ]  # fmt: skip
     check = nvfp4["check"]
     record(
-        f"Rollouts: Qwen3-8B shape, {num_layers} layers",
+        f"Rollouts: {shape}",
         ["", "BF16", "NVFP4 W4A16"],
         rows,
         notes=f"vllm {vllm.__version__}, transformers {transformers.__version__}, kernel {nvfp4['kernel']}. "
@@ -169,11 +181,13 @@ def report(bf16: dict, nvfp4: dict, num_layers: int) -> None:
 def main() -> None:
     """Measure both engines in processes of their own, print, append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--shape", default="Qwen3-8B", choices=["Qwen3-8B", "Qwen3-30B-A3B"])
+    parser.add_argument("--layers", type=int, help="all by default")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128, 256])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-share", type=float, default=0.5, help="of the GPU, for the engine")
     parser.add_argument("--profile", default="", help="write where the time of a push goes to this file")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="of the engine, by vLLM")
     parser.add_argument("--engine", choices=["bf16", "nvfp4"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
@@ -189,7 +203,7 @@ def main() -> None:
             raise SystemExit(f"The {engine} engine gave no result (exit {done.returncode}):\n{done.stdout[-4000:]}")
         found[engine] = json.loads(line.removeprefix("RESULT "))
         print(json.dumps({engine: found[engine]}), flush=True)
-    report(found["bf16"], found["nvfp4"], options.layers)
+    report(found["bf16"], found["nvfp4"], f"{options.shape}, {options.layers or 'all'} layers")
 
 
 if __name__ == "__main__":

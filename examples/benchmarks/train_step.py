@@ -1,7 +1,8 @@
-"""What NVFP4 QAT costs in a training step: a Qwen3-8B-shaped decoder stack, BF16 beside QAT, in one process.
+"""What NVFP4 QAT costs in a training step: a decoder stack of Qwen3's shape, BF16 beside QAT, in one process.
 
     python examples/benchmarks/train_step.py
     python examples/benchmarks/train_step.py --layers 8 --tokens 8192 --plot train_step.png
+    python examples/benchmarks/train_step.py --shape Qwen3-30B-A3B --layers 8 --tokens 8192 --no-compiled
 
 Forward, backward, AdamW (fused), bf16 throughout, sequences of 2048 tokens, no embeddings and no output head: what is
 left is what QAT touches, so shares are not flattered. BF16 and QAT take turns, twice; the median of all steps counts.
@@ -15,22 +16,20 @@ from typing import Annotated
 import torch
 import typer
 from report import plot_bars, record
-from transformers import Qwen3Config, Qwen3Model
+from shapes import Shape
+from transformers import AutoModel, PreTrainedModel
 
 from hf_nvfp4_qat import prepare_qat
 
 SEQUENCE = 2048
 
 
-def make_stack(num_layers: int, *, qat: bool, compiled: bool, checkpointing: bool) -> Qwen3Model:
-    """Decoder layers of Qwen3-8B with random weights, in training mode, on the GPU."""
-    config = Qwen3Config(
-        vocab_size=16, hidden_size=4096, intermediate_size=12288, num_hidden_layers=num_layers,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, use_cache=False,
-    )  # fmt: skip
+def make_stack(shape: Shape, num_layers: int, *, qat: bool, compiled: bool, checkpointing: bool) -> PreTrainedModel:
+    """Decoder layers with random weights, in training mode, on the GPU."""
+    config = shape.config(vocab_size=16, num_hidden_layers=num_layers, use_cache=False)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = Qwen3Model._from_config(config, dtype=torch.bfloat16)
+        model = AutoModel.from_config(config, dtype=torch.bfloat16)
     if qat:
         model = prepare_qat(model)
     if checkpointing:
@@ -41,13 +40,14 @@ def make_stack(num_layers: int, *, qat: bool, compiled: bool, checkpointing: boo
     return model.train()
 
 
-def measure(num_tokens: int, num_layers: int, steps: int, **kind: bool) -> tuple[list[float], int]:
+def measure(num_tokens: int, shape: Shape, num_layers: int, steps: int, **kind: bool) -> tuple[list[float], int]:
     """Milliseconds of each step, and the peak memory in bytes; the first three steps warm up."""
     torch.compiler.reset()  # else a new number of tokens compiles for all numbers of tokens
-    model = make_stack(num_layers, **kind)
+    model = make_stack(shape, num_layers, **kind)
     parameters = [parameter for name, parameter in model.named_parameters() if "embed_tokens" not in name]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
-    inputs = torch.randn(num_tokens // SEQUENCE, SEQUENCE, 4096, device="cuda", dtype=torch.bfloat16)
+    size = (num_tokens // SEQUENCE, SEQUENCE, model.config.hidden_size)
+    inputs = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     events = []
     for step in range(steps + 3):
         if step == 3:
@@ -64,13 +64,15 @@ def measure(num_tokens: int, num_layers: int, steps: int, **kind: bool) -> tuple
     return [start.elapsed_time(end) for start, end in events[3:]], torch.cuda.max_memory_allocated()
 
 
-def compare(num_tokens: int, num_layers: int, steps: int, **kind: bool) -> dict[bool, tuple[float, int]] | None:
+def compare(
+    num_tokens: int, shape: Shape, num_layers: int, steps: int, **kind: bool
+) -> dict[bool, tuple[float, int]] | None:
     """Median milliseconds and peak bytes, without and with QAT; None if it does not fit on the GPU."""
     times: dict[bool, list[float]] = {False: [], True: []}
     peaks: dict[bool, int] = {}
     for qat in (False, True, False, True):
         try:
-            found, peaks[qat] = measure(num_tokens, num_layers, steps, qat=qat, **kind)
+            found, peaks[qat] = measure(num_tokens, shape, num_layers, steps, qat=qat, **kind)
         except torch.OutOfMemoryError:
             return None
         finally:
@@ -81,6 +83,7 @@ def compare(num_tokens: int, num_layers: int, steps: int, **kind: bool) -> dict[
 
 
 def main(
+    shape: Shape = Shape.dense,
     layers: int = 16,
     steps: int = 10,
     tokens: Annotated[list[int], typer.Option(help="tokens a step")] = [2048, 8192, 32768],  # noqa: B006
@@ -93,7 +96,7 @@ def main(
     for is_compiled in [False, True] if compiled is None else [compiled]:
         for checkpoints in [True, False] if checkpointing is None else [checkpointing]:
             for num_tokens in tokens:
-                found = compare(num_tokens, layers, steps, compiled=is_compiled, checkpointing=checkpoints)
+                found = compare(num_tokens, shape, layers, steps, compiled=is_compiled, checkpointing=checkpoints)
                 label = [f"{num_tokens}", "compiled" if is_compiled else "eager", "yes" if checkpoints else "no"]
                 if found is None:
                     rows.append([*label, *["does not fit"] + ["-"] * 5])
@@ -107,7 +110,7 @@ def main(
                 labels.append("\n".join([label[0], label[1], "checkpoints" if checkpoints else "no checkpoints"]))
                 ratios.append((qat_ms / bf16_ms, qat_peak / bf16_peak))
     record(
-        f"Training step: {layers} decoder layers of Qwen3-8B",
+        f"Training step: {layers} decoder layers of {shape.value}",
         ["tokens", "", "gradient checkpointing", "BF16 ms", "QAT ms", "QAT / BF16", "BF16 GiB", "QAT GiB", "more"],
         rows,
     )
