@@ -5,7 +5,7 @@
     python examples/benchmarks/rollout.py --shape Qwen3-30B-A3B --memory-share 0.4
 
 Each engine runs in a process of its own, in turn, beside the model in training (bfloat16). The BF16 push is what TRL
-does in colocate mode: ``load_weights`` for one tensor after the other; fused experts vLLM does not take that way. Prints
+does in colocate mode: ``load_weights`` for one tensor after the other; fused experts vLLM does not take so. Prints
 a table and appends it to RESULTS.md.
 """
 

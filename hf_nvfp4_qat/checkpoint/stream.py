@@ -6,35 +6,20 @@ arrival: a packer keyed on module names once packed nothing and wrote a packed c
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
+from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
 from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded, reshard
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import qat_weights, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-
-
-@dataclass(frozen=True)
-class ExpertPart:
-    """What of a fused weight ``[E, N, K]`` a checkpoint holds under a name of its own: some rows of one expert."""
-
-    name: str
-    expert: int
-    rows: slice
-
-    @property
-    def num_rows(self) -> int:
-        """How many rows."""
-        return self.rows.stop - self.rows.start
 
 
 @dataclass(frozen=True)
@@ -45,13 +30,13 @@ class CheckpointEntry:
         module_name: name in the model's state dict; None if it is computed from several weights.
         shape: of the tensor.
         load: reads it, whole; gathers it if it is sharded.
-        part: which part of the fused weight `module_name` it is; None if it is all of one.
+        parts: which parts of the fused weight `module_name` it is; empty if it is no such thing.
     """
 
     module_name: str | None
     shape: tuple[int, ...]
     load: Callable[[], torch.Tensor]
-    part: ExpertPart | None = None
+    parts: tuple[ExpertPart, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,34 +151,28 @@ def packed_sources(
     else:
         given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}
         scales = shared_scales(given)
-    sources: dict[str, TensorSource] = {}
-    for name, entry in checkpoint_entries(model, weights).items():
-        module_name, shape, load, source_name = entry.module_name or "", entry.shape, entry.load, name
+    sources = []
+    for name, entry in checkpoint_entries(model, weights, together=set(quantized)).items():
+        module_name = entry.module_name or ""
+        dtype = weights[module_name].dtype if module_name else entry.load().dtype
         is_quantized = module_name in quantized
-        if is_quantized and entry.part is not None:
-            # All parts of a fused weight are one source: quantized, or gathered, at once.
-            if module_name in sources:
-                source = sources[module_name]
-                sources[module_name] = replace(source, parts=(*source.parts, entry.part))
-                continue
-            source_name, shape = module_name, tuple(weights[module_name].shape)
-            load = partial(_load_whole, weights, module_name)
-        dtype = weights[module_name].dtype if module_name else load().dtype
         shard = None
         if is_quantized and is_sharded(weights[module_name]):
             shard = partial(weights.__getitem__, module_name)
-        sources[source_name] = TensorSource(
-            name=source_name,
-            shape=shape,
-            dtype=served_dtype(model, name, dtype),
-            module_name=module_name or None,
-            load=load,
-            global_decode_scale=partial(scales.__getitem__, layer_of(module_name)) if is_quantized else None,
-            shard=shard,
-            parts=() if entry.part is None or not is_quantized else (entry.part,),
+        sources.append(
+            TensorSource(
+                name=name,
+                shape=entry.shape,
+                dtype=served_dtype(model, name, dtype),
+                module_name=entry.module_name,
+                load=entry.load,
+                global_decode_scale=partial(scales.__getitem__, layer_of(module_name)) if is_quantized else None,
+                shard=shard,
+                parts=entry.parts if is_quantized else (),
+            )
         )
-    check_packed_count(list(sources.values()), len({id(weight.weight) for weight in quantized.values()}))
-    return list(sources.values())
+    check_packed_count(sources, len({id(weight.weight) for weight in quantized.values()}))
+    return sources
 
 
 def plain_name(name: str) -> str:
@@ -267,9 +246,9 @@ def check_expert_names(model: nn.Module) -> None:
         ValueError: checkpoints of this architecture do not hold their experts one by one.
     """
     fused = {name: weight.weight for name, weight in qat_weights(model).items() if weight.weight.ndim == 3}
-    for entry in checkpoint_entries(model, fused).values():
-        if entry.part is None:
-            raise ValueError(_FUSED_ON_DISK.format(name=entry.module_name or next(iter(fused))))
+    for origin in checkpoint_origins(model, fused).values():
+        if origin.part is None:
+            raise ValueError(_FUSED_ON_DISK.format(name=origin.module_name or next(iter(fused))))
 
 
 def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -292,81 +271,61 @@ def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dic
     return kept
 
 
-def checkpoint_entries(model: nn.Module, weights: dict[str, torch.Tensor]) -> dict[str, CheckpointEntry]:
-    """Checkpoint name to what is stored under it, by reversing the conversions that Transformers makes while loading.
+def checkpoint_entries(
+    model: nn.Module, weights: dict[str, torch.Tensor], *, together: set[str] | frozenset[str] = frozenset()
+) -> dict[str, CheckpointEntry]:
+    """Checkpoint name to what is stored under it.
 
-    The reversal runs on stand-ins. What comes out as the very tensor that went in was only renamed. Fused experts go in
-    as the numbers of their rows, which then tell what part comes out under which name. What is neither was computed
-    from several weights, and is computed again from the real ones when loaded. Loading makes shards whole.
+    What is computed from several weights is computed from the real ones here; all else is read when asked for.
+
+    Args:
+        model, weights: as ``checkpoint_origins``.
+        together: fused weights whose parts make one entry, under the weight's own name.
     """
     from transformers.core_model_loading import revert_weight_conversion
-    from transformers.modeling_utils import PreTrainedModel
 
-    load = partial(_load_whole, weights)
-    if not isinstance(model, PreTrainedModel):
-        return {
-            name: CheckpointEntry(name, tuple(tensor.shape), partial(load, name)) for name, tensor in weights.items()
-        }
-    # By shape and dtype, not `empty_like`: shards have the shape of the whole, and must not be asked for more.
-    stand_ins = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in weights.items()}
-    rows = _RowNumbers({name: tuple(tensor.shape) for name, tensor in weights.items() if tensor.ndim == 3})
-    module_names = {id(tensor): name for name, tensor in stand_ins.items()}
-    entries: dict[str, CheckpointEntry] = {}
-    found = set()
-    for name, tensor in revert_weight_conversion(model, {**stand_ins, **rows.stand_ins}).items():
-        module_name, shape, part = module_names.get(id(tensor)), tuple(tensor.shape), None
-        if (located := rows.locate(name, tensor)) is not None:
-            module_name, shape, part = located
-        found.add(module_name)
-        loader = partial(load if part is None else partial(_load_part, weights, part), module_name or "")
-        entries[name] = CheckpointEntry(module_name, shape, loader, part)
-    computed_from = {name: load(name) for name in weights if name not in found}
-    if computed_from:
-        computed = revert_weight_conversion(model, computed_from)
-        for name, entry in entries.items():
-            if entry.module_name is None:
-                entries[name] = CheckpointEntry(None, tuple(computed[name].shape), partial(computed.__getitem__, name))
+    whole = _WholeWeights(weights)
+    origins = checkpoint_origins(model, weights)
+    parts: dict[str, list[ExpertPart]] = {}
+    for origin in origins.values():
+        if origin.part is not None and origin.module_name and origin.module_name in together:
+            parts.setdefault(origin.module_name, []).append(origin.part)
+    found = {origin.module_name for origin in origins.values()}
+    computed_from = {name: whole[name] for name in weights if name not in found}
+    computed = revert_weight_conversion(model, computed_from) if computed_from else {}  # type: ignore[arg-type]
+    entries = {}
+    for name, origin in origins.items():
+        module_name, part = origin.module_name, origin.part
+        if module_name is None:
+            load = partial(computed.__getitem__, name)
+            entries[name] = CheckpointEntry(None, tuple(computed[name].shape), load)
+        elif part is None:
+            entries[name] = CheckpointEntry(module_name, origin.shape, partial(whole.__getitem__, module_name))
+        elif module_name not in together:
+            load = partial(whole.part, module_name, part)
+            entries[name] = CheckpointEntry(module_name, origin.shape, load, (part,))
+        elif module_name not in entries:
+            load, shape = partial(whole.__getitem__, module_name), tuple(weights[module_name].shape)
+            entries[module_name] = CheckpointEntry(module_name, shape, load, tuple(parts[module_name]))
     return entries
 
 
-class _RowNumbers:
-    """Stand-ins for fused weights ``[E, N, K]`` that say of any part of them where it comes from."""
+class _WholeWeights:
+    """Weights by module name; sharded ones are gathered when asked for."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        self._shapes = shapes
-        self._names = list(shapes)
-        sizes = [shape[0] * shape[1] for shape in shapes.values()]
-        self._starts = [0, *accumulate(sizes)][:-1]
-        # Two columns: Transformers drops dims of size 1 when it takes experts apart.
-        self.stand_ins = {
-            name: torch.arange(start, start + size, device="cpu").view(*shapes[name][:2], 1).repeat(1, 1, 2)
-            for name, start, size in zip(shapes, self._starts, sizes, strict=True)
-        }
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+        self._last: tuple[str, torch.Tensor] | None = None
 
-    def locate(self, name: str, tensor: torch.Tensor) -> tuple[str | None, tuple[int, ...], ExpertPart | None] | None:
-        """Module name, shape and part of what came out under `name`; None if it is none of these."""
-        if tensor.device.type == "meta" or tensor.dtype != torch.int64 or not self._names:
-            return None
-        first = int(tensor.flatten()[0])
-        number = bisect_right(self._starts, first) - 1
-        module_name = self._names[number]
-        num_experts, num_rows, num_columns = self._shapes[module_name]
-        if tensor is self.stand_ins[module_name]:
-            return module_name, (num_experts, num_rows, num_columns), None
-        expert, row = divmod(first - self._starts[number], num_rows)
-        numbers = torch.arange(first, first + len(tensor), device="cpu")[:, None].expand(-1, 2)
-        if tensor.shape != numbers.shape or row + len(tensor) > num_rows or not torch.equal(tensor, numbers):
-            return None, (), None
-        part = ExpertPart(name, expert, slice(row, row + len(tensor)))
-        return module_name, (len(tensor), num_columns), part
+    def __getitem__(self, module_name: str) -> torch.Tensor:
+        return full_tensor(self._weights[module_name])
 
-
-def _load_whole(weights: Mapping[str, torch.Tensor], module_name: str) -> torch.Tensor:
-    return full_tensor(weights[module_name])
-
-
-def _load_part(weights: Mapping[str, torch.Tensor], part: ExpertPart, module_name: str) -> torch.Tensor:
-    return full_tensor(weights[module_name])[part.expert, part.rows]
+    def part(self, module_name: str, part: ExpertPart) -> torch.Tensor:
+        """A part of fused experts, the whole of which is kept until the last part was asked for."""
+        weight = self._last[1] if self._last and self._last[0] == module_name else self[module_name]
+        is_last = part.expert == len(weight) - 1 and part.rows.stop == weight.shape[1]
+        self._last = (module_name, weight) if is_sharded(self._weights[module_name]) and not is_last else None
+        return weight[part.expert, part.rows]
 
 
 def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:

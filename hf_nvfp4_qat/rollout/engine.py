@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
-from hf_nvfp4_qat.checkpoint.stream import ExpertPart
+from hf_nvfp4_qat.checkpoint.origins import ExpertPart
 from hf_nvfp4_qat.rollout.expert_weights import expert_weights
 from hf_nvfp4_qat.rollout.stacked_experts import Placement, Region, StackedExperts
 from hf_nvfp4_qat.rollout.stream import NamedTensor, TensorLayout

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED, layer_of
-from hf_nvfp4_qat.checkpoint.stream import ExpertPart
+from hf_nvfp4_qat.checkpoint.origins import ExpertPart
 from hf_nvfp4_qat.rollout.stream import TensorLayout
 
 Region = tuple[tuple[int, int], ...]

@@ -1,0 +1,119 @@
+"""Which weight of a model each tensor of its checkpoint is, found by reversing what Transformers does while loading.
+
+Transformers renames weights while it loads them, and puts the experts of a layer together. The way back runs on
+stand-ins. What comes out as the very tensor that went in was only renamed. Fused experts go in as the numbers of their
+rows, which then tell what part of them comes out under which name.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """What of a fused weight ``[E, N, K]`` a checkpoint holds under a name of its own: some rows of one expert."""
+
+    name: str
+    expert: int
+    rows: slice
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows."""
+        return self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint tensor comes from.
+
+    Attributes:
+        module_name: name in the model's state dict; None if it is computed from several weights.
+        shape: of the tensor; of a computed one, that of what the stand-ins gave.
+        part: which part of the fused weight `module_name` it is; None if it is all of one.
+    """
+
+    module_name: str | None
+    shape: tuple[int, ...]
+    part: ExpertPart | None = None
+
+
+_known: "WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Origin]]]" = WeakKeyDictionary()
+
+
+def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, Origin]:
+    """Checkpoint name to where it comes from; worked out once for a model and the names and shapes of its weights.
+
+    Args:
+        model: only a ``PreTrainedModel`` has checkpoint names other than its module names.
+        weights: by module name; not read.
+    """
+    from transformers.modeling_utils import PreTrainedModel
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if not isinstance(model, PreTrainedModel):
+        return {name: Origin(name, shape) for name, shape in shapes.items()}
+    # Loading notes the conversions that it used.
+    key = (tuple(shapes.items()), id(getattr(model, "_weight_conversions", None)))
+    known_key, origins = _known.get(model, ((), {}))
+    if known_key != key:
+        dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+        origins = _reversed_loading(model, shapes, dtypes)
+        _known[model] = (key, origins)
+    return origins
+
+
+def _reversed_loading(
+    model: nn.Module, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
+) -> dict[str, Origin]:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stand_ins = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
+    module_names = {id(tensor): name for name, tensor in stand_ins.items()}
+    rows = _RowNumbers({name: shape for name, shape in shapes.items() if len(shape) == 3})
+    origins = {}
+    for name, tensor in revert_weight_conversion(model, {**stand_ins, **rows.stand_ins}).items():  # type: ignore[arg-type]
+        origin = rows.locate(name, tensor)
+        origins[name] = origin or Origin(module_names.get(id(tensor)), tuple(tensor.shape))
+    return origins
+
+
+class _RowNumbers:
+    """Stand-ins for fused weights ``[E, N, K]`` that say of any part of them where it comes from."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self._names = list(shapes)
+        ends = list(accumulate(shape[0] * shape[1] for shape in shapes.values()))
+        self._starts = [0, *ends][:-1]
+        # Two columns: Transformers drops dims of size 1 when it takes experts apart.
+        self._numbers = torch.arange(ends[-1] if ends else 0, device="cpu")[:, None].repeat(1, 2)
+        self.stand_ins = {
+            name: self._numbers[start:end].view(*shapes[name][:2], 2)
+            for name, start, end in zip(shapes, self._starts, ends, strict=True)
+        }
+
+    def locate(self, name: str, tensor: torch.Tensor) -> Origin | None:
+        """Where what came out under `name` comes from; None if it is made of other tensors."""
+        if tensor.device.type == "meta" or tensor.dtype != torch.int64 or not self._names:
+            return None
+        first = int(tensor.view(-1)[0]) if tensor.is_contiguous() else -1
+        if first < 0:
+            return Origin(None, tuple(tensor.shape))
+        index = bisect_right(self._starts, first) - 1
+        module_name = self._names[index]
+        num_experts, num_rows, num_columns = self._shapes[module_name]
+        if tensor is self.stand_ins[module_name]:
+            return Origin(module_name, (num_experts, num_rows, num_columns))
+        expert, row = divmod(first - self._starts[index], num_rows)
+        rows = self._numbers[first : first + len(tensor)]
+        if tensor.shape != rows.shape or row + len(tensor) > num_rows or not torch.equal(tensor, rows):
+            return Origin(None, tuple(tensor.shape))
+        part = ExpertPart(name, expert, slice(row, row + len(tensor)))
+        return Origin(module_name, (len(tensor), num_columns), part)
