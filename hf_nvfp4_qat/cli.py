@@ -132,7 +132,7 @@ def inspect(
 ) -> None:
     """Show what NVFP4 does to each layer of a packed checkpoint, or would do to an unquantized one."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.inspect import inspect_checkpoint, plot_layers
+        from hf_nvfp4_qat.checkpoint.inspect import fold_experts, inspect_checkpoint, plot_layers
 
         with _progress_bar() as advance:
             layers = inspect_checkpoint(path, original=original, progress=advance)
@@ -146,7 +146,7 @@ def inspect(
     table.add_column("layer", no_wrap=True)
     for column in ("shape", "rel. error", "scale use", "clipped", "floored", "zero", "blocks", "bits"):
         table.add_column(column, justify="right")
-    for layer in layers:
+    for layer in fold_experts(layers):
         table.add_row(
             layer.name,
             f"{layer.shape[0]}x{layer.shape[1]}",

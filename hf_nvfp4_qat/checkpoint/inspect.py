@@ -1,8 +1,9 @@
 """What NVFP4 does to each layer of a checkpoint: error, use of the scale range, blocks that lost something."""
 
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -69,6 +70,28 @@ def inspect_weight(name: str, weight: NVFP4Tensor, original: torch.Tensor | None
         num_zero=int(is_zero.sum()),
         bits_per_weight=8 * weight.nbytes / weight.shape.numel(),
     )
+
+
+def fold_experts(layers: list[LayerInspection]) -> list[LayerInspection]:
+    """One row for the experts of a layer: the largest error and scale use among them, and the sums of their blocks."""
+    groups: dict[str, list[LayerInspection]] = {}
+    for layer in layers:
+        groups.setdefault(re.sub(r"(?<=experts\.)\d+(?=\.)", "*", layer.name), []).append(layer)
+    return [
+        replace(
+            same[0],
+            name=name,
+            relative_error=None
+            if same[0].relative_error is None
+            else max(layer.relative_error or 0.0 for layer in same),
+            scale_use=max(layer.scale_use for layer in same),
+            num_blocks=sum(layer.num_blocks for layer in same),
+            num_clipped=None if same[0].num_clipped is None else sum(layer.num_clipped or 0 for layer in same),
+            num_floored=sum(layer.num_floored for layer in same),
+            num_zero=sum(layer.num_zero for layer in same),
+        )
+        for name, same in groups.items()
+    ]
 
 
 def inspect_checkpoint(

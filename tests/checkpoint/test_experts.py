@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, prepare_qat, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
+from hf_nvfp4_qat.checkpoint.inspect import fold_experts, inspect_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_weights
 
 
@@ -144,6 +145,16 @@ def test_the_repair_refuses_versions_it_was_not_tested_in(monkeypatch):
     monkeypatch.setattr(transformers, "__version__", "6.0.0")
     with pytest.raises(ValueError, match="6.0.0 is installed"):
         fix_expert_loading()
+
+
+def test_inspection_shows_the_experts_of_a_layer_as_one(source):
+    layers = inspect_checkpoint(source)
+    folded = {layer.name: layer for layer in fold_experts(layers)}
+    assert len(layers) == 2 * (4 + 3 * 8) and len(folded) == 2 * (4 + 3)
+    down = [layer for layer in layers if layer.name.startswith("model.layers.1.") and layer.name.endswith("down_proj")]
+    row = folded["model.layers.1.mlp.experts.*.down_proj"]
+    assert row.num_blocks == sum(layer.num_blocks for layer in down) == 8 * 64 * 32 // 16
+    assert row.relative_error == max(layer.relative_error for layer in down)
 
 
 def test_ignore_names_routers_and_no_expert(source, tmp_path):
