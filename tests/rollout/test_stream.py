@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import load_qat, take_step, tiny_llama, tiny_qwen3, tokens
+from conftest import load_qat, take_step, tiny_llama, tiny_qwen3, tiny_qwen3_moe, tokens
 from safetensors.torch import load_file
 from torch import nn
 
 from hf_nvfp4_qat import NVFP4QATConfig, fake_quantize_nvfp4, prepare_qat, save_nvfp4
 from hf_nvfp4_qat.checkpoint.names import from_checkpoint
+from hf_nvfp4_qat.checkpoint.stream import packed_sources
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.rollout.server import check_alignment
@@ -132,3 +133,38 @@ def test_frozen_and_excluded_layers_are_pushed_too(qwen3_dir):
         f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)
     }
     assert "model.layers.0.self_attn.q_proj" in stream.ignored_layers
+
+
+def test_experts_come_one_by_one_with_constant_input_scales_or_stacked():
+    model = prepare_qat(tiny_qwen3_moe())
+    stream = RolloutStream(model)
+    check_alignment(stream.layout)
+    pushed = dict(stream)
+    experts = "model.layers.1.mlp.experts"
+    saved = {name: tensor for source in packed_sources(model) for name, tensor in source.tensors().items()}
+    constants = {name for name in pushed if name.endswith("input_global_scale")}
+    assert pushed.keys() - constants == saved.keys() and len(constants) == 2 * 3 * 8
+    assert all(pushed[name].tolist() == [1.0] for name in constants)
+    assert all(torch.equal(pushed[name].view(torch.uint8), saved[name].view(torch.uint8)) for name in saved)
+    stacked_stream = RolloutStream(model)
+    stacked_stream.stack_experts()
+    stacked = dict(stacked_stream)
+    assert [(item.name, item.dtype, item.shape) for item in stacked_stream.layout] == [
+        (name, tensor.dtype, tuple(tensor.shape)) for name, tensor in stacked.items()
+    ]
+    assert not any(f"{experts}.3." in name for name in stacked)
+    assert torch.equal(
+        stacked[f"{experts}.gate_up_proj.weight_packed"][3, 32:], pushed[f"{experts}.3.up_proj.weight_packed"]
+    )
+    assert torch.equal(
+        stacked[f"{experts}.down_proj.weight_global_scale"][5:6], pushed[f"{experts}.5.down_proj.weight_global_scale"]
+    )
+    assert stream.num_bytes - stacked_stream.num_bytes == 4 * (len(constants) + 2 * 8)
+
+
+def test_a_nan_in_one_expert_is_named_before_anything_is_sent():
+    model = prepare_qat(tiny_qwen3_moe())
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj[6, 1, 1] = float("nan")
+    with pytest.raises(ValueError, match="experts.down_proj"):
+        RolloutStream(model)

@@ -1,6 +1,7 @@
 """Pushes into a real vLLM engine: on a CPU through the plugin's GEMM, on a GPU through Marlin and CUDA graphs."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -23,8 +24,19 @@ MLP = "model.layers.0.mlp"
 PROMPTS = [[1, 2, 3, 4], [100, 7, 55], [9]]
 
 
-# An engine that is collected takes the process groups of the others with it.
+# An engine that is collected takes the process groups of the others with it, so all of them go together.
 _engines: list = []
+
+
+def release_engines() -> None:
+    _engines.clear()
+    gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_engines_at_the_end():
+    yield
+    release_engines()
 
 
 def make_engine(path, **kwargs):
