@@ -100,6 +100,8 @@ class RolloutStream:
 
     def stack_experts(self, is_stacked: bool = True) -> None:
         """Let each fused weight come in one piece, under its module's name, or not; before anything is read."""
+        if is_stacked == self._is_stacked or not self.experts:
+            return
         self._is_stacked = is_stacked
         for name in ("_group_layouts", "layout"):
             vars(self).pop(name, None)

@@ -23,6 +23,10 @@ FAMILIES = ["qwen3_moe", "mixtral"]
 
 @pytest.fixture(autouse=True)
 def release():
+    """vLLM makes its groups once a process; those of an engine without experts lack one that experts need."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
     yield
     release_engines()
 

@@ -357,7 +357,7 @@ def test_a_failing_push_stops_training_and_generation(folder, tmp_path, monkeypa
 
 
 def test_weights_that_arrive_changed_stop_training(folder, tmp_path, monkeypatch):
-    from hf_nvfp4_qat.rollout import stream as stream_module
+    from hf_nvfp4_qat.checkpoint import stream as stream_module
 
     pack = stream_module.to_checkpoint
 

@@ -1,10 +1,12 @@
 """GRPO of a mixture of experts with a real engine: trained, pushed, checked, as close to the trainer as in BF16."""
 
+import gc
+
 import pytest
 import torch
 from conftest import SMALL_ENGINE, load_qat, tiny_qwen3_moe
 from transformers import AutoModelForCausalLM, set_seed
-from trl_callbacks.test_callback import MEMORY, byte_tokenizer, greedy, logged, make_trainer, rollouts
+from trl_callbacks.test_callback import MEMORY, _trainers, byte_tokenizer, greedy, logged, make_trainer, rollouts
 
 from hf_nvfp4_qat import save_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
@@ -13,6 +15,17 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 # Enough tokens: where rounding tips the router, a token differs much, and few do.
 LARGE = {"per_device_train_batch_size": 64, "max_steps": 4}
+
+
+@pytest.fixture(autouse=True)
+def release_engines():
+    """vLLM makes its groups once a process; those of an engine without experts lack one that experts need."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+    yield
+    _trainers.clear()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
