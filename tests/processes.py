@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -30,6 +31,8 @@ def _enter(
 
 def in_processes(function: Callable[[int], Any], num_processes: int = 2, *, on_gpus: bool = False) -> list:
     """What `function`, called with the rank, returns on each rank; on GPUs its tensors are made there."""
+    if on_gpus and torch.cuda.device_count() < num_processes:
+        pytest.skip(f"needs {num_processes} GPUs")
     with tempfile.NamedTemporaryFile() as store, mp.Manager() as manager:
         results = manager.dict()
         arguments = (function, store.name + ".store", num_processes, on_gpus, results)

@@ -44,7 +44,8 @@ class Origin:
     part: ExpertPart | None = None
 
 
-_known: "WeakKeyDictionary[nn.Module, tuple[tuple, dict[str, Origin]]]" = WeakKeyDictionary()
+# By model: shapes, conversions, and what they led to.
+_known: "WeakKeyDictionary[nn.Module, tuple[dict, object, dict[str, Origin]]]" = WeakKeyDictionary()
 
 
 def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, Origin]:
@@ -60,12 +61,12 @@ def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) ->
     if not isinstance(model, PreTrainedModel):
         return {name: Origin(name, shape) for name, shape in shapes.items()}
     # Loading notes the conversions that it used.
-    key = (tuple(shapes.items()), id(getattr(model, "_weight_conversions", None)))
-    known_key, origins = _known.get(model, ((), {}))
-    if known_key != key:
+    conversions = getattr(model, "_weight_conversions", None)
+    known_shapes, known_conversions, origins = _known.get(model, ({}, None, {}))
+    if known_shapes != shapes or known_conversions is not conversions:
         dtypes = {name: tensor.dtype for name, tensor in weights.items()}
         origins = _reversed_loading(model, shapes, dtypes)
-        _known[model] = (key, origins)
+        _known[model] = (shapes, conversions, origins)
     return origins
 
 

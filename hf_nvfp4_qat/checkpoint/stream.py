@@ -30,7 +30,7 @@ class CheckpointEntry:
         module_name: name in the model's state dict; None if it is computed from several weights.
         shape: of the tensor.
         load: reads it, whole; gathers it if it is sharded.
-        parts: which parts of the fused weight `module_name` it is; empty if it is no such thing.
+        parts: of a fused weight that is one entry with all its parts, these.
     """
 
     module_name: str | None
@@ -168,7 +168,7 @@ def packed_sources(
                 load=entry.load,
                 global_decode_scale=partial(scales.__getitem__, layer_of(module_name)) if is_quantized else None,
                 shard=shard,
-                parts=entry.parts if is_quantized else (),
+                parts=entry.parts,
             )
         )
     check_packed_count(sources, len({id(weight.weight) for weight in quantized.values()}))
@@ -302,8 +302,7 @@ def checkpoint_entries(
         elif part is None:
             entries[name] = CheckpointEntry(module_name, origin.shape, partial(whole.__getitem__, module_name))
         elif module_name not in together:
-            load = partial(whole.part, module_name, part)
-            entries[name] = CheckpointEntry(module_name, origin.shape, load, (part,))
+            entries[name] = CheckpointEntry(module_name, origin.shape, partial(whole.part, module_name, part))
         elif module_name not in entries:
             load, shape = partial(whole.__getitem__, module_name), tuple(weights[module_name].shape)
             entries[module_name] = CheckpointEntry(module_name, shape, load, tuple(parts[module_name]))

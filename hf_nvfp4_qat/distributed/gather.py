@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hf_nvfp4_qat.modules.global_scale import own_experts, own_part
+from hf_nvfp4_qat.modules.global_scale import own_experts, own_part, own_slice
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.numerics.wire import encode_rows, packed_rows, part_num_rows
@@ -47,14 +47,10 @@ def own_rows(weight: torch.Tensor, packed: NVFP4Tensor) -> tuple[torch.Tensor, N
 
     A weight that is sharded otherwise is gathered.
     """
-    axis = _row_axis(weight)
-    if axis is None:
+    if _row_axis(weight) is None:
         return full_tensor(weight), packed
-    assert isinstance(weight, DTensor)
     own = own_part(weight).detach()
-    num_rows = part_num_rows(weight.shape[0], weight.device_mesh.size(axis))
-    first = weight.device_mesh.get_local_rank(axis) * num_rows
-    rows = slice(first, first + len(own))
+    rows = own_slice(weight)
     scale = packed.global_decode_scale[own_experts(weight)]
     return own, NVFP4Tensor(packed.packed[rows], packed.block_scale[rows], scale)
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, own_experts, own_part, weight_version
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_experts, own_part, weight_version
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_through
 
@@ -114,9 +114,7 @@ class QATExperts(nn.Module):
         scales = {name: weight.global_decode_scale for name, weight in self.nvfp4_weights.items()}
         super()._apply(fn, recurse)
         for name, weight in self.nvfp4_weights.items():
-            if weight.global_decode_scale.dtype != torch.float32:
-                # `.to(dtype)` casts buffers too, and float16 cannot hold every scale.
-                weight.global_decode_scale = scales[name].to(weight.global_decode_scale.device)
+            keep_float32(weight, scales[name])
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -136,9 +136,9 @@ class GlobalScales:
             modules = [module for members in grouped for module in members]
             # A group has one scale, or one for each expert.
             num_scales = [members[0].global_decode_scale.numel() for members in grouped]
-            starts = [0, *accumulate(num_scales)]
+            starts = list(accumulate(num_scales, initial=0))
             first_scales = [
-                start + (experts.start if (experts := own_experts(module.weight)) else 0)
+                start + (own_slice(module.weight).start if module.weight.ndim == 3 else 0)
                 for start, members in zip(starts, grouped, strict=False)
                 for module in members
             ]
@@ -171,6 +171,12 @@ class GlobalScales:
         self._seen.clear()
 
 
+def keep_float32(weight: QATWeight, scale: torch.Tensor) -> None:
+    """Give a weight back its scale of before ``.to(dtype)``: that casts buffers too, and float16 cannot hold it."""
+    if weight.global_decode_scale.dtype != torch.float32:
+        weight.global_decode_scale = scale.to(weight.global_decode_scale.device)
+
+
 def own_part(tensor: Any) -> torch.Tensor:
     """The part of a sharded weight that this process has; a plain tensor as it is.
 
@@ -185,8 +191,11 @@ def own_experts(weight: Any) -> Any:
     Args:
         weight: ``[N, K]``, which has one scale, or experts ``[E, N, K]``, sharded or not.
     """
-    if weight.ndim < 3:
-        return ()
+    return own_slice(weight) if weight.ndim == 3 else ()
+
+
+def own_slice(weight: Any) -> slice:
+    """Which rows, or experts, of a weight this process has."""
     if not isinstance(weight, DTensor):
         return slice(0, len(weight))
     shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)

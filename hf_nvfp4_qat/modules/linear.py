@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, own_part
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_part
 from hf_nvfp4_qat.numerics.format import check_weight
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 
@@ -186,9 +186,7 @@ class QATLinear(nn.Linear):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATLinear":
         scale = self.global_decode_scale
         super()._apply(fn, recurse)
-        if self.global_decode_scale.dtype != torch.float32:
-            # `.to(dtype)` casts buffers too, and float16 cannot hold every scale.
-            self.global_decode_scale = scale.to(self.global_decode_scale.device)
+        keep_float32(self, scale)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

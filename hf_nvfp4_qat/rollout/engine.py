@@ -10,8 +10,9 @@ pushed tensor fills, under any fusion, renaming and tensor parallelism. The regi
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart
 from hf_nvfp4_qat.rollout.expert_weights import expert_weights
-from hf_nvfp4_qat.rollout.stacked_experts import Placement, Region, StackedExperts
+from hf_nvfp4_qat.rollout.placement import Placement, Region
+from hf_nvfp4_qat.rollout.stacked_experts import StackedExperts
 from hf_nvfp4_qat.rollout.stream import NamedTensor, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import (
     abandon_reload,
@@ -151,29 +153,28 @@ class EngineReader:
 
     def __init__(self, worker: Any) -> None:
         self._model = worker.model_runner.get_model()
-        self._last: tuple[str, torch.Tensor | None] = ("", None)
+        self._last: tuple[str, torch.Tensor] | None = None
 
     def read(self, placement: Placement) -> torch.Tensor:
         """The values at the `target` of a placement; of packed codes the decoded values, twice as wide."""
         module = self._model.get_submodule(placement.module)
         name = placement.parameter.removesuffix(f"_{PACKED}")
-        if placement.parameter != name:
-            if self._last[0] != f"{placement.module}.{name}":
-                self._last = ("", None)
-                self._last = (f"{placement.module}.{name}", expert_weights(module, name))
-            assert self._last[1] is not None
-            return self._last[1][slices(placement.target, widen=2)]
+        if name != placement.parameter:
+            weight = self._decoded(f"{placement.module}.{name}", partial(expert_weights, module, name))
+            return weight[slices(placement.target, widen=2)]
         if not _is_linear(module) or placement.parameter not in ("weight", PACKED, "bias"):
             return getattr(module, placement.parameter).detach()[slices(placement.target)]
         if placement.parameter == "bias":
             return _linear_bias(module)[slices(placement.target)]
-        if self._last[0] != placement.module:
-            # One at a time: decoded, it is four times the size of the packed weight.
-            self._last = (placement.module, None)
-            self._last = (placement.module, _linear_weight(module))
-        weight = self._last[1]
-        assert weight is not None
+        weight = self._decoded(placement.module, partial(_linear_weight, module))
         return weight[slices(placement.target, widen=1 + (placement.parameter == PACKED))]
+
+    def _decoded(self, name: str, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """One at a time: decoded, a weight is four times its packed size."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            self._last = (name, read())
+        return self._last[1]
 
 
 def is_compared(placement: Placement) -> bool:

@@ -6,37 +6,14 @@ where those two agree but for the expert's number, the whole goes there at once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart
+from hf_nvfp4_qat.rollout.placement import Placement, Region
 from hf_nvfp4_qat.rollout.stream import TensorLayout
-
-Region = tuple[tuple[int, int], ...]
-"""(start, stop) per dim of a tensor."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """One copy that vLLM makes while it loads: `source` of a pushed tensor becomes `target` of an engine parameter.
-
-    Attributes:
-        tensor: name of the pushed tensor.
-        module, parameter: path of the engine's module and name of its tensor, as checkpoints see it.
-        target, source: rectangles of the parameter and of the pushed tensor.
-        is_plain: values arrive unchanged; False where a loader computes with them first, or transposes.
-        constant: what `target` is filled with where `source` is empty.
-    """
-
-    tensor: str
-    module: str
-    parameter: str
-    target: Region
-    source: Region
-    is_plain: bool = True
-    constant: float = 0.0
 
 
 class StackedExperts:

@@ -74,6 +74,7 @@ class RolloutStream:
         num_packed: quantized weights among them; fused experts count once.
         num_bytes, num_bf16_bytes: of the whole push, and of the same weights in bfloat16.
         experts: name of each quantized fused weight to its parts in a checkpoint.
+        is_stacked: whether each of these comes in one piece.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -92,7 +93,7 @@ class RolloutStream:
             )
         _check_scales(packed)
         self._groups = _fused_groups(sources)
-        self._is_stacked = False
+        self.is_stacked = False
         self.experts = {source.name: source.parts for source in packed if source.parts}
         self.num_packed = len(packed)
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
@@ -100,9 +101,9 @@ class RolloutStream:
 
     def stack_experts(self, is_stacked: bool = True) -> None:
         """Let each fused weight come in one piece, under its module's name, or not; before anything is read."""
-        if is_stacked == self._is_stacked or not self.experts:
+        if is_stacked == self.is_stacked or not self.experts:
             return
-        self._is_stacked = is_stacked
+        self.is_stacked = is_stacked
         for name in ("_group_layouts", "layout"):
             vars(self).pop(name, None)
 
@@ -112,7 +113,7 @@ class RolloutStream:
 
     @cached_property
     def _group_layouts(self) -> list[list[TensorLayout]]:
-        return [_group_layout(group, is_stacked=self._is_stacked) for group in self._groups]
+        return [_group_layout(group, is_stacked=self.is_stacked) for group in self._groups]
 
     @property
     def num_bytes(self) -> int:  # noqa: D102
@@ -165,7 +166,7 @@ class RolloutStream:
                 yield item.name, tensors.pop(item.name)
 
     def _under_names(self, source: TensorSource, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
-        if self._is_stacked and source.parts:
+        if self.is_stacked and source.parts:
             return to_checkpoint(source.name, packed)
         tensors = source.under_checkpoint_names(packed)
         one = torch.ones(1, dtype=torch.float32, device=packed.packed.device)

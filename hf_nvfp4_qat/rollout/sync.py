@@ -22,13 +22,13 @@ from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import (
     EngineReader,
-    Placement,
     Replay,
     is_compared,
     load_tensors,
     place_tensors,
     slices,
 )
+from hf_nvfp4_qat.rollout.placement import Placement
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_version
 
@@ -237,7 +237,7 @@ class _EnginePlan:
         self.by_tensor: dict[str, list[Placement]] = {}
         for placement in place_tensors(worker, stream.layout, stream.experts):
             self.by_tensor.setdefault(placement.tensor, []).append(placement)
-        self._replay: Replay | None = Replay(worker, self.by_tensor) if stream.experts else None
+        self._replay: Replay | None = Replay(worker, self.by_tensor) if stream.is_stacked else None
         # vLLM's own loaders do not take stacked experts, so these must go by copies.
         self.is_stacked = self._replay is not None and self._replay.is_possible
 
@@ -279,10 +279,9 @@ def _plan(worker: Any, stream: RolloutStream) -> _EnginePlan:
     stream.stack_experts(plan is None or plan.is_stacked)
     if plan is None or plan.layout != stream.layout:
         plan = _EnginePlan(worker, stream)
-        if stream.experts and not plan.is_stacked:
+        if stream.is_stacked and not plan.is_stacked:
             stream.stack_experts(False)
             plan = _EnginePlan(worker, stream)
-            plan.is_stacked = False
         setattr(worker, _PLAN, plan)
     return plan
 
