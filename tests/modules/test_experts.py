@@ -45,6 +45,22 @@ def test_forward_and_gradients_are_those_of_the_decoded_weights(implementation):
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_on_a_gpu_forward_and_gradients_are_those_of_the_decoded_weights(implementation):
+    ids = tokens().cuda()
+    qat, twin = decoded_twin(tiny_qwen3_moe().cuda().bfloat16())
+    found = []
+    for model in (qat, twin):
+        model.set_experts_implementation(implementation)
+        out = model(input_ids=ids, labels=ids)
+        out.loss.backward()
+        found.append((out.logits, {name: parameter.grad for name, parameter in model.named_parameters()}))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[1][1].items():
+        torch.testing.assert_close(found[0][1][name], gradient, rtol=2e-2, atol=1e-4)  # atomic adds
+
+
 def test_one_expert_computes_what_a_linear_of_its_weights_does():
     """Against a reference that knows nothing of fused weights: each token through its experts, one by one."""
     model = prepare_qat(tiny_qwen3_moe())
