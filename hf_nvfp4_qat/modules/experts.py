@@ -5,16 +5,18 @@ Since version 5 Transformers keeps the experts of a layer in two parameters: `ga
 every implementation of it (eager, batched_mm, grouped_mm) keeps its meaning, and switching between them its effect.
 
 Autograd would keep those fake-quantized weights from forward to backward: a second copy of most of the model. What
-it is given to keep instead is the place of the saved tensor in the weight; backward quantizes that part again.
+it is given to keep instead is the place of the saved tensor in the weight; backward quantizes that part again. Under
+torch.compile, selective checkpointing has the same effect.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_experts, own_part, weight_version
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
@@ -87,12 +89,12 @@ class QATExperts(nn.Module):
         quantized = {name: weight for name, weight in self.nvfp4_weights.items() if not weight.weight_is_fake_quantized}
         if not quantized:
             return super().forward(*args, **kwargs)
-        if not torch.compiler.is_compiling():
-            for weight in quantized.values():
-                weight.global_scales.refresh_if_stale(weight)
+        if torch.compiler.is_compiling():
+            forward = partial(_compiled_forward, self, quantized)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=_recompute_weights, **kwargs)
+        for weight in quantized.values():
+            weight.global_scales.refresh_if_stale(weight)
         values = {name: _fake_quantized(weight) for name, weight in quantized.items()}
-        if torch.compiler.is_compiling():  # which decides by itself what to keep
-            return self.original_class.forward(cast(Any, _Stand(self, values)), *args, **kwargs)
         with _saved_by_place([_Recipe(weight, values[name]) for name, weight in quantized.items()]):
             return self.original_class.forward(cast(Any, _Stand(self, values)), *args, **kwargs)
 
@@ -233,6 +235,27 @@ def _fake_quantized(weight: ExpertWeight) -> torch.Tensor:
     if torch.is_autocast_enabled(master.device.type):
         dtype = torch.get_autocast_dtype(master.device.type)
     return straight_through(master, fake_quantize_unchecked(master.detach(), weight.global_decode_scale).to(dtype))
+
+
+def _compiled_forward(module: QATExperts, quantized: dict[str, ExpertWeight], *args: Any, **kwargs: Any) -> Any:
+    values = {name: _fake_quantized(weight) for name, weight in quantized.items()}
+    return module.original_class.forward(cast(Any, _Stand(module, values)), *args, **kwargs)
+
+
+def _recompute_weights() -> Any:
+    """For torch.compile: backward quantizes again, and everything else is kept as it would be."""
+    return create_selective_checkpoint_contexts(_recompute_policy)
+
+
+def _recompute_policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op is torch.ops.hf_nvfp4_qat.fake_quantize.default:
+        return CheckpointPolicy.MUST_RECOMPUTE
+    # What stands between the weight and the products: views, a cast, and the experts that batched_mm picks.
+    is_cast = op is torch.ops.aten._to_copy.default
+    is_picking = op is torch.ops.aten.index.Tensor and args[0].ndim == 3
+    if is_cast or is_picking or getattr(op, "is_view", False):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.PREFER_SAVE
 
 
 @contextmanager

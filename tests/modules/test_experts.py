@@ -244,18 +244,26 @@ def test_autocast_computes_in_its_dtype():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
-def test_compiled_experts_give_the_same_numbers(implementation):
-    torch.compiler.reset()
+def test_compiled_experts_give_the_same_numbers_and_keep_no_more(implementation, checkpointing):
     # In bf16: Transformers cannot compile grouped products of anything else.
-    plain, compiled = (prepare_qat(tiny_qwen3_moe().bfloat16()).train() for _ in range(2))
-    for model in (plain, compiled):
+    plain, compiled, without = (tiny_qwen3_moe().bfloat16().train() for _ in range(3))
+    kept = []
+    for model in (prepare_qat(plain), prepare_qat(compiled), without):
+        torch.compiler.reset()
         model.set_experts_implementation(implementation)
-    for layer in compiled.model.layers:
-        layer.mlp.experts.compile(backend="aot_eager", fullgraph=True)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        if model is not plain:
+            for layer in model.model.layers:
+                layer.mlp.experts.compile(backend="aot_eager_decomp_partition", fullgraph=True)
+            kept.append(kept_bytes(model))
+    torch.compiler.reset()
     mine, theirs = gradients(compiled), gradients(plain)
     for name in theirs:
         torch.testing.assert_close(mine[name], theirs[name], rtol=2e-2, atol=1e-5)
+    assert kept[0] <= kept[1] + 512  # the global scales
 
 
 @pytest.mark.parametrize("family", EXPERT_FAMILIES)
