@@ -195,6 +195,15 @@ def register_empty_loader() -> str:
     return EMPTY_FORMAT
 
 
+def moe_routers(model: nn.Module) -> dict[int, Any]:
+    """The routers of an engine's model, by decoder layer; their ``set_capture_fn`` lets one see the chosen experts."""
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    runners = (module for module in model.modules() if isinstance(module, MoERunner))
+    return {runner.layer_id: runner.router for runner in runners if isinstance(runner.router, BaseRouter)}
+
+
 def is_filled_by_loading(module: nn.Module, name: str) -> bool:
     """Whether a checkpoint is expected to bring the tensor `name` of `module`."""
     from vllm.model_executor.layers.attention import Attention, MLAAttention

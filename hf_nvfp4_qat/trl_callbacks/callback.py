@@ -11,8 +11,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
+from hf_nvfp4_qat.rollout.routing import routing_arguments
 from hf_nvfp4_qat.trl_callbacks.generation import NVFP4Generation, mark
-from hf_nvfp4_qat.trl_callbacks.metrics import record, record_mismatch
+from hf_nvfp4_qat.trl_callbacks.metrics import record, record_mismatch, record_routing
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ class NVFP4RolloutCallback(TrainerCallback):
         nvfp4/code_flips: share of 4-bit codes that changed since the last push, on the same sample.
         nvfp4/mismatch_kl: nats per token between sampler and trainer, where TRL computes both log-probabilities.
         nvfp4/masked_fraction: of the sequences (or tokens) that TRL's importance sampling masks out.
+        nvfp4/routing_difference: with `routing_every`, share of (generated token, layer) that got another set of
+            experts in the engine than in training.
+        nvfp4/rerouted_tokens: share of generated tokens with another set in at least one layer.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class NVFP4RolloutCallback(TrainerCallback):
         *,
         check_every: int = 100,
         quantize_ref_model: bool = False,
+        routing_every: int = 0,
         engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
         """Set up; nothing happens before the trainer is made.
@@ -46,16 +51,21 @@ class NVFP4RolloutCallback(TrainerCallback):
             check_every: pushes between two comparisons of the engine's weights with the trainer's, bit for bit. The
                 first two are always compared; 0 compares no other. Colocate mode only.
             quantize_ref_model: compute the KL penalty against the reference model with NVFP4 weights.
+            routing_every: batches of rollouts between two comparisons of the experts that engine and trainer chose; 0
+                compares none. Colocate mode only.
             engine_kwargs: more arguments of ``vllm.LLM`` in colocate mode, which TRL has no option for.
 
         Raises:
-            ValueError: a negative `check_every`.
+            ValueError: a negative `check_every` or `routing_every`.
         """
         if check_every < 0:
             raise ValueError(f"`check_every` counts pushes; got {check_every}. 0 checks the first two only.")
+        if routing_every < 0:
+            raise ValueError(f"`routing_every` counts batches of rollouts; got {routing_every}. 0 compares none.")
         self.check_every = check_every
+        self.routing_every = routing_every
         self.quantize_ref_model = quantize_ref_model
-        self.engine_kwargs = dict(engine_kwargs or {})
+        self.engine_kwargs = {**(routing_arguments() if routing_every else {}), **(engine_kwargs or {})}
         self.generation: NVFP4Generation | None = None
         self._trainer: ref[Trainer] | None = None
         self._is_idle = False
@@ -85,11 +95,17 @@ class NVFP4RolloutCallback(TrainerCallback):
         mark(model, self)
 
     def adopt(self, generation: NVFP4Generation) -> None:
-        """Called when TRL has built its engine."""
+        """Called when TRL has built its engine.
+
+        Raises:
+            ValueError: `routing_every` with a server, or with a model without experts.
+        """
         self.generation = generation
         trainer = self._trainer() if self._trainer else None
         if trainer is not None:
             record_mismatch(trainer)
+            if self.routing_every:
+                self._record_routing(trainer, generation)
         if self.quantize_ref_model:
             self._quantize_ref_model(trainer, generation.trl.model)
 
@@ -142,6 +158,11 @@ class NVFP4RolloutCallback(TrainerCallback):
                 compression=report.compression,
                 **generation.sample.metrics(),
             )
+
+    def _record_routing(self, trainer: Any, generation: NVFP4Generation) -> None:
+        if generation.trl.mode != "colocate":
+            raise ValueError("`routing_every` needs an engine in this process: set vllm_mode='colocate'.")
+        record_routing(trainer, generation.trl.llm, self.routing_every)
 
     def _quantize_ref_model(self, trainer: Any, model: Any) -> None:
         ref_model = getattr(trainer, "ref_model", None)

@@ -1,11 +1,15 @@
 """What is measured at each push and each batch of rollouts."""
 
+import logging
 from typing import Any
 
 import torch
 
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.rollout.routing import compare_routing, recorded_outputs, recorded_routing
+
+logger = logging.getLogger(__name__)
 
 ELEMENTS_PER_WEIGHT = 2**16
 
@@ -130,6 +134,57 @@ def record_mismatch(trainer: Any) -> None:
         if sampler is not None and own is not None and ratio is not None:
             mask = output["completion_mask"] * output.get("tool_mask", 1)
             _record_comparison(trainer, sampler, own, mask, ratio)
+        return output
+
+    trainer._generate_and_score_completions = generate_and_score
+
+
+def record_routing(trainer: Any, llm: Any, every: int) -> None:
+    """Record how often generated tokens got other experts in the engine than in training.
+
+    Compared with the forward by which the trainer computes log-probabilities of its own; where it computes none (GRPO
+    with ``vllm_importance_sampling_correction=False``) nothing is recorded. Works without NVFP4 too.
+
+    Args:
+        trainer: a TRL trainer that generates with an engine in its process.
+        llm: the engine.
+        every: batches of rollouts between two comparisons; the first is compared.
+
+    Raises:
+        ValueError: a model without fused experts.
+    """
+    original = trainer._generate_and_score_completions
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with recorded_routing(model):
+        pass  # raises now what would raise later
+    num_batches = 0
+
+    def generate_and_score(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_batches
+        num_batches += 1
+        if (num_batches - 1) % every:
+            return original(*args, **kwargs)
+        with recorded_outputs(llm) as engine, recorded_routing(model) as forwards:
+            output = original(*args, **kwargs)
+        found = compare_routing(forwards, engine)
+        if found.num_unmatched:
+            logger.warning(
+                "%d of the trainer's sequences are none that the engine generated; their routing is not compared.",
+                found.num_unmatched,
+            )
+        counts = torch.tensor(
+            [found.num_choices, found.num_different, found.num_tokens, found.num_tokens_different],
+            dtype=torch.float64,
+            device=trainer.accelerator.device,
+        )
+        sums = trainer.accelerator.gather(counts).view(-1, 4).sum(0).tolist()
+        num_choices, num_different, num_tokens, num_tokens_different = sums
+        if num_choices:
+            record(
+                trainer,
+                routing_difference=num_different / num_choices,
+                rerouted_tokens=num_tokens_different / num_tokens,
+            )
         return output
 
     trainer._generate_and_score_completions = generate_and_score

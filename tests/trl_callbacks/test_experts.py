@@ -45,7 +45,7 @@ def test_mismatch_is_that_of_bf16_and_the_engine_runs_what_is_exported(folder, t
     from trl.generation import vllm_generation
     from vllm import LLM
 
-    from hf_nvfp4_qat.trl_callbacks.metrics import record_mismatch
+    from hf_nvfp4_qat.trl_callbacks.metrics import record_mismatch, record_routing
 
     set_seed(0)
     # The same function as the QAT model's: with decoded weights.
@@ -61,16 +61,24 @@ def test_mismatch_is_that_of_bf16_and_the_engine_runs_what_is_exported(folder, t
         trainer = make_trainer(plain, decoded, tmp_path, [], learning_rate=0.0, **LARGE)
         trainer.vllm_generation.sync_weights = lambda: None
     record_mismatch(trainer)
+    record_routing(trainer, trainer.vllm_generation.llm, every=2)
     trainer.train()
     bf16 = logged(trainer, "nvfp4/mismatch_kl")
+    bf16_routing = logged(trainer, "nvfp4/routing_difference")
     set_seed(0)
     model = load_qat(folder)
-    trainer = make_trainer(model, folder, tmp_path, [rollouts(check_every=1)], learning_rate=1e-3, **LARGE)
+    trainer = make_trainer(
+        model, folder, tmp_path, [rollouts(check_every=1, routing_every=2)], learning_rate=1e-3, **LARGE
+    )
     trainer.train()
     qat = logged(trainer, "nvfp4/mismatch_kl")
     assert len(qat) == len(bf16) == 4
     assert sum(qat) <= 1.2 * sum(bf16), (qat, bf16)
     assert max(logged(trainer, "nvfp4/code_flips")) > 0
+    routing, rerouted = (logged(trainer, f"nvfp4/{name}") for name in ("routing_difference", "rerouted_tokens"))
+    assert len(routing) == len(rerouted) == len(bf16_routing) == 2
+    assert all(0 < part <= whole < 0.2 for part, whole in zip(routing, rerouted, strict=True)), (routing, rerouted)
+    assert sum(routing) <= 2 * sum(bf16_routing), (routing, bf16_routing)
     trainer.vllm_generation.sync_weights()
     save_nvfp4(model, tmp_path / "served")
     fresh = LLM(str(tmp_path / "served"), max_model_len=128, gpu_memory_utilization=MEMORY, **SMALL_ENGINE)
