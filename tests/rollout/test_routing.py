@@ -92,6 +92,6 @@ def test_the_engine_routes_as_the_model_does_until_a_router_is_changed(tmp_path)
     with torch.no_grad():
         model.model.layers[1].mlp.gate.weight.copy_(model.model.layers[1].mlp.gate.weight.flip(0))
     first, second = difference()
-    assert first < 0.1 and second > 0.5
+    assert first < 0.1 and second > 0.3
     del engine
     cleanup_dist_env_and_memory()
