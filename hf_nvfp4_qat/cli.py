@@ -31,6 +31,7 @@ errors = Console(stderr=True)
 Source = Annotated[str, typer.Argument(help="Checkpoint directory or Hub repository id.")]
 Destination = Annotated[Path, typer.Argument(help="Directory to write.")]
 ShardSize = Annotated[str, typer.Option(help="Largest size of one weights file.")]
+Rule = Annotated[str, typer.Option(help="How block scales are chosen: amax, four_over_six or mse.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")]
 
 
@@ -76,6 +77,9 @@ def quantize(
     destination: Destination,
     preset: Annotated[str, typer.Option(help="full or ffn_only.")] = "full",
     exclude: Annotated[list[str] | None, typer.Option(help="Module to leave unquantized; may be repeated.")] = None,
+    scale_rule: Rule = "amax",
+    bf16_first_layers: Annotated[int, typer.Option(help="Decoder layers to leave unquantized at the start.")] = 0,
+    bf16_last_layers: Annotated[int, typer.Option(help="And at the end.")] = 0,
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
@@ -84,13 +88,18 @@ def quantize(
         from hf_nvfp4_qat.checkpoint.convert import quantize_checkpoint
         from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
-        config = NVFP4QATConfig(preset=preset, exclude=tuple(exclude or ()))
+        config = NVFP4QATConfig(
+            preset=preset,
+            exclude=tuple(exclude or ()),
+            scale_rule=scale_rule,
+            bf16_first_layers=bf16_first_layers,
+            bf16_last_layers=bf16_last_layers,
+        )
         _refuse_occupied(destination, overwrite)
         num_layers = quantize_checkpoint(
             source,
             destination,
-            preset=config.preset,
-            exclude=config.exclude,
+            config.recipe,
             max_shard_size=max_shard_size,
             progress=advance,
         )
@@ -127,6 +136,7 @@ def inspect(
     original: Annotated[
         str | None, typer.Option(help="Unquantized checkpoint to measure a packed one against.")
     ] = None,
+    scale_rule: Rule = "amax",
     plot: Annotated[Path | None, typer.Option(help="Write a plot to this image file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -135,7 +145,7 @@ def inspect(
         from hf_nvfp4_qat.checkpoint.inspect import fold_experts, inspect_checkpoint, plot_layers
 
         with _progress_bar() as advance:
-            layers = inspect_checkpoint(path, original=original, progress=advance)
+            layers = inspect_checkpoint(path, original=original, scale_rule=scale_rule, progress=advance)
         if plot is not None:
             plot_layers(layers, plot)
     if as_json:

@@ -11,7 +11,7 @@ from conftest import load_qat, tiny_qwen3
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from hf_nvfp4_qat import verify_nvfp4
+from hf_nvfp4_qat import NVFP4QATConfig, verify_nvfp4
 from hf_nvfp4_qat.cli import app
 from hf_nvfp4_qat.modules.swap import qat_modules
 
@@ -66,6 +66,16 @@ def test_quantize_takes_presets_and_excludes(qwen3_dir, tmp_path):
     assert "6 layers packed" in run("quantize", qwen3_dir, tmp_path / "a", "--preset", "ffn_only")[1]
     assert "12 layers packed" in run("quantize", qwen3_dir, tmp_path / "b", "--exclude", "o_proj")[1]
     assert verify_nvfp4(tmp_path / "a").ok and verify_nvfp4(tmp_path / "b").ok
+
+
+def test_quantize_takes_the_whole_recipe(qwen3_dir, tmp_path):
+    options = ("--scale-rule", "mse", "--bf16-last-layers", 1)
+    assert "7 layers packed" in run("quantize", qwen3_dir, tmp_path / "cli", *options)[1]
+    load_qat(qwen3_dir, NVFP4QATConfig(scale_rule="mse", bf16_last_layers=1)).save_pretrained(tmp_path / "model")
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("cli", "model"))
+    assert ours == theirs
+    errors = [run_json(qwen3_dir, "--scale-rule", rule)["model.layers.0.mlp.up_proj"] for rule in ("amax", "mse")]
+    assert errors[1]["relative_error"] < 0.95 * errors[0]["relative_error"]
 
 
 def test_dequantize_gives_the_served_values(qwen3_dir, tmp_path):

@@ -38,7 +38,8 @@ from hf_nvfp4_qat.checkpoint.save import (
     write_weights,
 )
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, skeleton
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, served_dtype, shared_scales
+from hf_nvfp4_qat.checkpoint.stream import TensorSource, served_dtype, shared_scales
+from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
 
 Progress = Callable[[str, int, int], None]
@@ -52,7 +53,7 @@ _SAFETENSORS_DTYPES = {
 
 
 def ptq_sources(
-    directory: Path, *, preset: str, exclude: tuple[str, ...], progress: Progress
+    directory: Path, recipe: Recipe, *, progress: Progress
 ) -> tuple[list[TensorSource], PreTrainedModel, CheckpointReader]:
     """What post-training quantization makes of an unquantized checkpoint: sources, skeleton and reader.
 
@@ -66,7 +67,7 @@ def ptq_sources(
             f"{existing.get('quant_method')} in config.json. Use the original checkpoint, or `dequantize` this one."
         )
     model = skeleton(directory)
-    swap_linears(model, preset=preset, exclude=exclude, output_embedding=model.get_output_embeddings())
+    swap_linears(model, recipe, output_embedding=model.get_output_embeddings())
     module_names = checkpoint_names(model)
     weights = set(qat_weights(model))
     selected = {name for name, module_name in module_names.items() if module_name in weights}
@@ -80,6 +81,7 @@ def ptq_sources(
             module_name=module_names.get(name),
             load=partial(reader.get_tensor, name),
             global_decode_scale=partial(scales.__getitem__, layer_of(name)) if name in selected else None,
+            scale_rule=recipe.scale_rule,
         )
         for name in reader.names
     ]
@@ -95,9 +97,8 @@ def ptq_sources(
 def quantize_checkpoint(
     source: str | os.PathLike,
     destination: str | os.PathLike,
+    recipe: Recipe | None = None,
     *,
-    preset: str = "full",
-    exclude: tuple[str, ...] = (),
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: Progress = lambda stage, done, total: None,
 ) -> int:
@@ -106,7 +107,7 @@ def quantize_checkpoint(
     Args:
         source: directory or Hub id of an unquantized checkpoint of a Transformers architecture.
         destination: directory to write, complete or not at all.
-        preset, exclude: as in ``NVFP4QATConfig``.
+        recipe: what to quantize, and how; the defaults if None.
         max_shard_size: bytes, or a string such as "5GB".
         progress: called after each weight.
 
@@ -116,12 +117,12 @@ def quantize_checkpoint(
     Raises:
         ValueError: bad input; nothing is written then.
     """
-    sources, model, reader = ptq_sources(resolve_checkpoint(source), preset=preset, exclude=exclude, progress=progress)
+    sources, model, reader = ptq_sources(resolve_checkpoint(source), recipe or Recipe(), progress=progress)
     files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:
         write_weights(files, packed_weights(files), staged, progress=partial(progress, "packing"))
         _copy_other_files(reader.directory, staged)
-        config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
+        config = packed_config(model.config, model=model, sources=sources)
         staged.write_json(CONFIG_FILE, config)
     return sum(source.is_quantized for source in sources)
 

@@ -12,6 +12,7 @@ from hf_nvfp4_qat.checkpoint.convert import Progress, ptq_sources
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
 from hf_nvfp4_qat.checkpoint.names import from_checkpoint, layer_of, quantized_layers
+from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, E4M3_MIN_NORMAL
 from hf_nvfp4_qat.numerics.quantize import quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -98,6 +99,7 @@ def inspect_checkpoint(
     path: str | os.PathLike,
     *,
     original: str | os.PathLike | None = None,
+    scale_rule: str = "amax",
     progress: Progress = lambda stage, done, total: None,
 ) -> list[LayerInspection]:
     """Inspect a checkpoint: a packed one as it is, an unquantized one as post-training quantization would make it.
@@ -105,6 +107,7 @@ def inspect_checkpoint(
     Args:
         path: directory or Hub id.
         original: unquantized checkpoint to measure a packed one against; directory or Hub id.
+        scale_rule: how block scales of an unquantized checkpoint would be chosen.
         progress: called after each layer.
 
     Raises:
@@ -113,18 +116,18 @@ def inspect_checkpoint(
     directory = resolve_checkpoint(path)
     reader = CheckpointReader(directory)
     if not quantized_layers(reader.names):
-        return list(_inspect_unquantized(directory, progress))
+        return list(_inspect_unquantized(directory, Recipe(scale_rule=scale_rule), progress))
     check_packed(reader)
     originals = None if original is None else CheckpointReader(resolve_checkpoint(original))
     return list(_inspect_packed(reader, originals, progress))
 
 
-def _inspect_unquantized(directory: Path, progress: Progress) -> Iterator[LayerInspection]:
-    sources, _, _ = ptq_sources(directory, preset="full", exclude=(), progress=progress)
+def _inspect_unquantized(directory: Path, recipe: Recipe, progress: Progress) -> Iterator[LayerInspection]:
+    sources, _, _ = ptq_sources(directory, recipe, progress=progress)
     quantized = [(source, source.global_decode_scale) for source in sources if source.global_decode_scale is not None]
     for num_done, (source, read_scale) in enumerate(quantized, start=1):
         weight = source.load()
-        packed = quantize_nvfp4(weight, global_decode_scale=read_scale())
+        packed = quantize_nvfp4(weight, global_decode_scale=read_scale(), scale_rule=source.scale_rule)
         yield inspect_weight(layer_of(source.name), packed, weight)
         progress("inspecting", num_done, len(quantized))
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, block_scale_shape, packed_shape
+from hf_nvfp4_qat.numerics.quantize import check_scale_rule
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 PACKED = "weight_packed"
@@ -22,6 +23,9 @@ BLOCK_SCALE = "weight_scale"
 GLOBAL_ENCODE_SCALE = "weight_global_scale"
 # Only in W4A4 checkpoints, which we read but do not write; of experts vLLM waits for it all the same.
 INPUT_GLOBAL_SCALE = "input_global_scale"
+
+# Among the `observer_kwargs` of weights; where it is missing, the rule is "amax".
+_SCALE_RULE = "scale_rule"
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "nvfp4-pack-quantized"
@@ -79,11 +83,12 @@ def quantized_layers(tensor_names: list[str]) -> list[str]:
     return [name.removesuffix(f".{PACKED}") for name in tensor_names if name.endswith(f".{PACKED}")]
 
 
-def quantization_config(ignore: list[str]) -> dict[str, Any]:
+def quantization_config(ignore: list[str], *, scale_rule: str = "amax") -> dict[str, Any]:
     """The `quantization_config` of a packed checkpoint's config.json: weights NVFP4, activations untouched (W4A16).
 
     Args:
         ignore: checkpoint names of the linear layers, as vLLM sees them, that are not quantized.
+        scale_rule: how block scales were chosen. Loaders need not know; quantizing the decoded weights again does.
     """
     return {
         "quant_method": QUANT_METHOD,
@@ -102,6 +107,7 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
                     "group_size": BLOCK_SIZE,
                     "dynamic": False,
                     "scale_dtype": "torch.float8_e4m3fn",
+                    **({} if scale_rule == "amax" else {"observer_kwargs": {_SCALE_RULE: scale_rule}}),
                 },
                 "input_activations": None,
                 "output_activations": None,
@@ -113,6 +119,16 @@ def quantization_config(ignore: list[str]) -> dict[str, Any]:
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def scale_rule_of(config: dict[str, Any]) -> str:
+    """The rule by which the block scales of a packed checkpoint were chosen; "amax" where its config names none."""
+    for group in (config.get("config_groups") or {}).values():
+        rule = ((group.get("weights") or {}).get("observer_kwargs") or {}).get(_SCALE_RULE)
+        if rule is not None:
+            check_scale_rule(rule)
+            return rule
+    return "amax"
 
 
 def is_nvfp4_config(config: dict[str, Any] | None) -> bool:

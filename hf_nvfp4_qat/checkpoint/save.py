@@ -71,7 +71,7 @@ def save_nvfp4(
             "`quantization_config=NVFP4QATConfig()`, or call `prepare_qat` first."
         )
     sources = packed_sources(model, state_dict=state_dict)
-    config = packed_config(model.config, model=model, ignore=ignored_layers(model, sources))
+    config = packed_config(model.config, model=model, sources=sources)
     files = plan_files(sources, max_shard_size=max_shard_size)
 
     def write(weights: Iterator[dict[str, torch.Tensor]]) -> list[str]:
@@ -88,18 +88,19 @@ def save_nvfp4(
     return write(weights)
 
 
-def packed_config(config: Any, *, model: "PreTrainedModel", ignore: list[str]) -> dict[str, Any]:
+def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[TensorSource]) -> dict[str, Any]:
     """The config.json of a packed checkpoint.
 
     Args:
         config: the model's ``PretrainedConfig``; not changed.
         model: gives the architecture's name.
-        ignore: checkpoint names of unquantized linears.
+        sources: the weights of the checkpoint.
     """
     config = copy.deepcopy(config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = str(SERVED_DTYPE).removeprefix("torch.")
-    config.quantization_config = quantization_config(ignore)
+    scale_rule = next((source.scale_rule for source in sources if source.is_quantized), "amax")
+    config.quantization_config = quantization_config(ignored_layers(model, sources), scale_rule=scale_rule)
     return config.to_diff_dict()
 
 

@@ -52,6 +52,7 @@ class TensorSource:
         global_decode_scale: reads the float32 ``[]`` or ``[E]`` scale to quantize with; None for what stays as it is.
         shard: reads the DTensor of a quantized weight that is sharded; None for one that is not.
         parts: of quantized fused experts, the checkpoint's parts of it.
+        scale_rule: how block scales are chosen.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TensorSource:
     global_decode_scale: Callable[[], torch.Tensor] | None = None
     shard: Callable[[], torch.Tensor] | None = None
     parts: tuple[ExpertPart, ...] = ()
+    scale_rule: str = "amax"
 
     @property
     def is_quantized(self) -> bool:
@@ -99,9 +101,9 @@ class TensorSource:
             # Its amax was taken over all shards, so every process comes to the same verdict.
             if not scale.isfinite().all():
                 raise ValueError(f"{self.name} cannot be packed: it, or a fused sibling, holds an infinity or a NaN.")
-            return self.under_checkpoint_names(gather_packed([self.shard()], [scale])[0])
+            return self.under_checkpoint_names(gather_packed([self.shard()], [scale], self.scale_rule)[0])
         try:
-            packed = quantize_nvfp4(self.load().detach(), global_decode_scale=scale)
+            packed = quantize_nvfp4(self.load().detach(), global_decode_scale=scale, scale_rule=self.scale_rule)
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be packed. {error}") from error
         return self.under_checkpoint_names(packed)
@@ -169,6 +171,7 @@ def packed_sources(
                 global_decode_scale=partial(scales.__getitem__, layer_of(module_name)) if is_quantized else None,
                 shard=shard,
                 parts=entry.parts,
+                scale_rule=quantized[module_name].scale_rule if is_quantized else "amax",
             )
         )
     check_packed_count(sources, len({id(weight.weight) for weight in quantized.values()}))

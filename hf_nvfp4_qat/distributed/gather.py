@@ -55,7 +55,9 @@ def own_rows(weight: torch.Tensor, packed: NVFP4Tensor) -> tuple[torch.Tensor, N
     return own, NVFP4Tensor(packed.packed[rows], packed.block_scale[rows], scale)
 
 
-def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequence[torch.Tensor]) -> list[NVFP4Tensor]:
+def gather_packed(
+    weights: Sequence[torch.Tensor], global_decode_scales: Sequence[torch.Tensor], scale_rule: str
+) -> list[NVFP4Tensor]:
     """The whole weights in NVFP4: each process encodes its rows, one all-gather moves them all, in 4.5 bits a weight.
 
     What is not sharded by rows alone (tensor parallelism besides) is gathered whole and then quantized.
@@ -63,13 +65,15 @@ def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequenc
     Args:
         weights: ``[N, K]``, or experts ``[E, N, K]``, sharded or not.
         global_decode_scales: float32 ``[]``, or ``[E]``, each; powers of two or NaN.
+        scale_rule: how block scales are chosen.
     """
     packed: dict[int, NVFP4Tensor] = {}
     by_place: dict[tuple[Any, int], list[int]] = {}
     for number, weight in enumerate(weights):
         axis = _row_axis(weight)
         if axis is None:
-            packed[number] = quantize_unchecked(full_tensor(weight), global_decode_scales[number])
+            scale = global_decode_scales[number]
+            packed[number] = quantize_unchecked(full_tensor(weight), scale, scale_rule=scale_rule)
         else:
             assert isinstance(weight, DTensor)
             by_place.setdefault((weight.device_mesh, axis), []).append(number)
@@ -79,7 +83,7 @@ def gather_packed(weights: Sequence[torch.Tensor], global_decode_scales: Sequenc
         for number in numbers:
             num_rows = part_num_rows(weights[number].shape[0], num_parts)
             scale = global_decode_scales[number][own_experts(weights[number])]
-            parts.append(encode_rows(own_part(weights[number]), scale, num_rows=num_rows))
+            parts.append(encode_rows(own_part(weights[number]), scale, num_rows=num_rows, scale_rule=scale_rule))
         mine = torch.cat(parts)
         gathered = mine.new_empty(num_parts * len(mine))
         dist.all_gather_into_tensor(gathered, mine, group=mesh.get_group(axis))

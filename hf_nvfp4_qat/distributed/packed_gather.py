@@ -196,7 +196,8 @@ def _put_hooks(weight: QATWeight, shape: torch.Size) -> None:
         assert local is not None and weight is not None
         num_parts = mesh.size()
         scale = weight.global_decode_scale
-        part = encode_rows(local.detach(), scale[index], num_rows=part_num_rows(shape[0], num_parts))
+        num_rows = part_num_rows(shape[0], num_parts)
+        part = encode_rows(local.detach(), scale[index], num_rows=num_rows, scale_rule=weight.scale_rule)
         return (part,), (scale, num_parts)
 
     def fsdp_post_all_gather(

@@ -30,14 +30,18 @@ class ExpertWeight:
         module, name: the experts module and the parameter's name in it.
         scale_group: key within `global_scales`; experts share no scales between parameters.
         global_scales: keeps `global_decode_scale` fresh.
+        scale_rule: how block scales are chosen.
         weight_is_fake_quantized: as in ``QATLinear``.
     """
 
-    def __init__(self, module: nn.Module, name: str, *, scale_group: str, global_scales: GlobalScales) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, *, scale_group: str, global_scales: GlobalScales, scale_rule: str
+    ) -> None:
         self.module = module
         self.name = name
         self.scale_group = scale_group
         self.global_scales = global_scales
+        self.scale_rule = scale_rule
         self.weight_is_fake_quantized = False
         weight = self.weight
         ones = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
@@ -65,7 +69,8 @@ class ExpertWeight:
         """bfloat16 ``[E, N, K]``, no gradient; of a sharded weight, the experts that this process holds."""
         self.global_scales.refresh_if_stale(self)
         own = own_part(self.weight).detach()
-        return fake_quantize_unchecked(own, self.global_decode_scale[own_experts(self.weight)])
+        scale = self.global_decode_scale[own_experts(self.weight)]
+        return fake_quantize_unchecked(own, scale, scale_rule=self.scale_rule)
 
     def __getstate__(self) -> dict:
         return {**vars(self), "weight_is_fake_quantized": False}  # a copy has no hooks that see to it
@@ -126,19 +131,26 @@ class QATExperts(nn.Module):
             weight.global_scales.refresh_if_stale(weight)
 
 
-def adopt_experts(module: nn.Module, *, name: str, global_scales: GlobalScales) -> QATExperts:
+def adopt_experts(module: nn.Module, *, name: str, global_scales: GlobalScales, scale_rule: str = "amax") -> QATExperts:
     """Turn an experts module into one that trains in NVFP4: the same object, the same Parameter objects.
 
     Args:
         module: one that ``why_not_trainable`` has nothing against.
         name: module path.
         global_scales: the model's scale groups.
+        scale_rule: how block scales are chosen.
     """
     experts_class: Any = type(module)
     module.__class__ = _qat_class(experts_class)
     assert isinstance(module, QATExperts)
     module.nvfp4_weights = {
-        parameter: ExpertWeight(module, parameter, scale_group=f"{name}.{parameter}", global_scales=global_scales)
+        parameter: ExpertWeight(
+            module,
+            parameter,
+            scale_group=f"{name}.{parameter}",
+            global_scales=global_scales,
+            scale_rule=scale_rule,
+        )
         for parameter in expert_parameters(module)
     }
     for weight in module.nvfp4_weights.values():
@@ -201,6 +213,7 @@ class _Recipe:
 
     def __init__(self, weight: ExpertWeight, values: torch.Tensor) -> None:
         self.weight, self.scale, self.dtype = weight.weight, weight.global_decode_scale, values.dtype
+        self.scale_rule = weight.scale_rule
         self.version = weight_version(self.weight)
         self.storage = values.untyped_storage().data_ptr()
 
@@ -222,7 +235,8 @@ class _Recipe:
                     f"{list(self.weight.shape)}: version {weight_version(self.weight)}, not {self.version})."
                 )
             experts = slice(first_expert, last_expert + 1)
-            values = fake_quantize_unchecked(self.weight.detach()[experts], self.scale[experts]).to(self.dtype)
+            own, scale = self.weight.detach()[experts], self.scale[experts]
+            values = fake_quantize_unchecked(own, scale, scale_rule=self.scale_rule).to(self.dtype)
             return values.as_strided(size, stride, offset - first_expert * expert_numel)
 
         return make
@@ -234,7 +248,8 @@ def _fake_quantized(weight: ExpertWeight) -> torch.Tensor:
     dtype = master.dtype
     if torch.is_autocast_enabled(master.device.type):
         dtype = torch.get_autocast_dtype(master.device.type)
-    return straight_through(master, fake_quantize_unchecked(master.detach(), weight.global_decode_scale).to(dtype))
+    scale, rule = weight.global_decode_scale, weight.scale_rule
+    return straight_through(master, fake_quantize_unchecked(master.detach(), scale, scale_rule=rule).to(dtype))
 
 
 def _compiled_forward(module: QATExperts, quantized: dict[str, ExpertWeight], *args: Any, **kwargs: Any) -> Any:

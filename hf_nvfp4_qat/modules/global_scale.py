@@ -42,11 +42,13 @@ class QATWeight(Protocol):
         scale_group: key of its group; the members of one share their scales.
         global_scales: the groups it belongs to.
         global_decode_scale: float32 buffer to write the scale to, ``[]`` or ``[E]``.
+        scale_rule: how block scales are chosen.
         weight_is_fake_quantized: whether `weight` holds the fake-quantized values whenever forward runs.
     """
 
     scale_group: str
     global_scales: "GlobalScales"
+    scale_rule: str
     weight_is_fake_quantized: bool
 
     @property

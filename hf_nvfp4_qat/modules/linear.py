@@ -44,34 +44,38 @@ class _Product(torch.autograd.Function):
     """``F.linear(x, fake_quantize(weight))`` that saves nothing of its own; `kept` is what ``_Kept`` returned."""
 
     @staticmethod
-    def forward(ctx, kept, x, weight, bias, global_decode_scale, compute_dtype):
-        ctx.kept = kept.grad_fn
+    def forward(ctx, kept, x, weight, bias, global_decode_scale, scale_rule, compute_dtype):
+        ctx.kept, ctx.scale_rule = kept.grad_fn, scale_rule
         # The scale is not saved through autograd: refreshing it in place is no error while the weight stands still,
         # and if the weight moved, its own version counter raises.
         ctx.global_decode_scale = global_decode_scale
-        return F.linear(x, fake_quantize_unchecked(weight, global_decode_scale).to(compute_dtype), bias)
+        return F.linear(x, _fake_quantized(weight, global_decode_scale, scale_rule).to(compute_dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight = (None, None) if ctx.kept is None else ctx.kept.saved_tensors  # None if only the bias trains
-        return None, *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[1:4]), None, None
+        return None, *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[1:4]), None, None, None
 
 
 class _CompiledLinear(torch.autograd.Function):
     """The same in one piece, for torch.compile, which arranges recomputation by itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, global_decode_scale, compute_dtype):
-        ctx.global_decode_scale = global_decode_scale
+    def forward(ctx, x, weight, bias, global_decode_scale, scale_rule, compute_dtype):
+        ctx.global_decode_scale, ctx.scale_rule = global_decode_scale, scale_rule
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return F.linear(x, fake_quantize_unchecked(weight, global_decode_scale).to(compute_dtype), bias)
+        return F.linear(x, _fake_quantized(weight, global_decode_scale, scale_rule).to(compute_dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
-        return *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[:3]), None, None
+        return *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[:3]), None, None, None
+
+
+def _fake_quantized(weight, global_decode_scale, scale_rule, after=None):
+    return fake_quantize_unchecked(weight, global_decode_scale, scale_rule=scale_rule, after=after)
 
 
 def _gradients(ctx, grad_output, x, weight, needed):
@@ -79,7 +83,7 @@ def _gradients(ctx, grad_output, x, weight, needed):
     grad_x = grad_weight = grad_bias = None
     rows = grad_output.reshape(-1, grad_output.shape[-1])  # [M, N]
     if needed[0]:
-        fake_quantized = fake_quantize_unchecked(weight, ctx.global_decode_scale, after=grad_output)
+        fake_quantized = _fake_quantized(weight, ctx.global_decode_scale, ctx.scale_rule, after=grad_output)
         grad_x = grad_output @ fake_quantized.to(grad_output.dtype)
     if needed[1]:
         grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)  # [N, M] @ [M, K]
@@ -113,6 +117,7 @@ class QATLinear(nn.Linear):
         global_decode_scale: float32 ``[]`` buffer, not persistent, shared in value by the fused group.
         scale_group: key of the fused group within `global_scales`.
         global_scales: keeps `global_decode_scale` fresh.
+        scale_rule: how block scales are chosen.
         weight_is_fake_quantized: whether `weight` holds the fake-quantized values whenever forward runs, because
             that is how FSDP2 gathers it.
     """
@@ -120,10 +125,19 @@ class QATLinear(nn.Linear):
     global_decode_scale: torch.Tensor
     scale_group: str
     global_scales: GlobalScales
+    scale_rule: str
     weight_is_fake_quantized = False
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, *, name: str, scale_group: str, global_scales: GlobalScales) -> "QATLinear":
+    def adopt(
+        cls,
+        linear: nn.Linear,
+        *,
+        name: str,
+        scale_group: str,
+        global_scales: GlobalScales,
+        scale_rule: str = "amax",
+    ) -> "QATLinear":
         """Turn `linear` itself into a QATLinear: the same object, the same Parameter objects.
 
         Args:
@@ -131,6 +145,7 @@ class QATLinear(nn.Linear):
             name: module path, for messages.
             scale_group: modules with the same key share one global scale.
             global_scales: the model's scale groups.
+            scale_rule: how block scales are chosen.
 
         Raises:
             ValueError: as ``check_adoptable``.
@@ -145,6 +160,7 @@ class QATLinear(nn.Linear):
         linear.register_buffer("global_decode_scale", one, persistent=False)
         linear.scale_group = scale_group
         linear.global_scales = global_scales
+        linear.scale_rule = scale_rule
         global_scales.add(linear)
         return linear
 
@@ -160,7 +176,7 @@ class QATLinear(nn.Linear):
             compute_dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute_dtype)
             bias = None if bias is None else bias.to(compute_dtype)
-        arguments = (input, self.weight, bias, self.global_decode_scale, compute_dtype)
+        arguments = (input, self.weight, bias, self.global_decode_scale, self.scale_rule, compute_dtype)
         if torch.compiler.is_compiling():
             return _CompiledLinear.apply(*arguments)
         return _Product.apply(_Kept.apply(input, self.weight), *arguments)
@@ -171,7 +187,7 @@ class QATLinear(nn.Linear):
         Of a sharded weight, the rows that this process holds.
         """
         self.global_scales.refresh_if_stale(self)
-        return fake_quantize_unchecked(own_part(self.weight).detach(), self.global_decode_scale)
+        return _fake_quantized(own_part(self.weight).detach(), self.global_decode_scale, self.scale_rule)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the sizes."""

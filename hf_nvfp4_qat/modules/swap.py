@@ -13,9 +13,8 @@ from hf_nvfp4_qat.modules.experts import QATExperts, adopt_experts, why_not_trai
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
+from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
-
-PRESETS = ("full", "ffn_only")
 
 # Local names of the layers that stay in high precision by default, with the reason the report gives.
 _EXCLUDED_LOCAL_NAMES = {
@@ -161,17 +160,15 @@ def matches(module_path: str, pattern: str) -> bool:
     return module_path == pattern or module_path.endswith(f".{pattern}")
 
 
-def swap_linears(
-    model: nn.Module, *, preset: str = "full", exclude: tuple[str, ...] = (), output_embedding: nn.Module | None = None
-) -> Coverage:
+def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Module | None = None) -> Coverage:
     """Make the linears and fused experts of `model` train in NVFP4, in place; remember why the others do not.
 
     Of linears only exact ``nn.Linear`` modules are candidates: subclasses have meanings of their own.
 
     Args:
         model: any module; its parameters may be on the meta device.
-        preset: "full" (every linear but output embedding, routers, heads and non-language towers) or "ffn_only".
-        exclude: patterns of ``matches``; modules they name stay in high precision.
+        recipe: what to quantize. Of linears "full" takes all but output embedding, routers, heads and non-language
+            towers; `exclude` holds patterns of ``matches``.
         output_embedding: the model's output embedding, excluded whatever its name is.
 
     Returns:
@@ -179,26 +176,24 @@ def swap_linears(
 
     Raises:
         ValueError: nothing left to quantize, fused experts in a layout that NVFP4 does not cover, in_features not
-            divisible by 16, a fused group of which only a part is excluded, a pattern that names nothing. Raised
-            before any layer is changed.
+            divisible by 16, a fused group of which only a part is excluded, a pattern that names nothing, more layers
+            to leave out than there are. Raised before any layer is changed.
     """
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     experts = fused_experts(model)
-    _refuse_idle_patterns(model, exclude)
-    _refuse_experts(model, experts, exclude)
+    _refuse_idle_patterns(model, recipe.exclude)
+    reasons = _outer_layers(model, [*linears, *experts], recipe)
+    reasons |= {name: f"exclude: {pattern}" for name in experts if (pattern := _pattern_for(name, recipe.exclude))}
+    _refuse_experts(model, [name for name in experts if name not in reasons])
     # A linear that shares an embedding's weight is the output embedding, whatever it is called.
     input_embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     embeddings = [module for module in (output_embedding, *input_embeddings) if module is not None]
     embedding_weights = {id(parameter) for module in embeddings for parameter in module.parameters()}
-    reasons = {}
     for name, module in linears.items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        reason = _reason_to_exclude(name, module, parent, preset, exclude, id(module.weight) in embedding_weights)
+        reason = _reason_to_exclude(name, module, parent, recipe, id(module.weight) in embedding_weights)
         if reason is not None:
             reasons[name] = reason
-    for name in experts:
-        if pattern := _pattern_for(name, exclude):
-            reasons[name] = f"exclude: {pattern}"
     selected = {name: module for name, module in linears.items() if name not in reasons}
     selected_experts = [name for name in experts if name not in reasons]
     _refuse_indivisible(selected)
@@ -213,9 +208,15 @@ def swap_linears(
         check_adoptable(linear, name=name)
     global_scales = GlobalScales()
     for name, linear in selected.items():
-        QATLinear.adopt(linear, name=name, scale_group=fused_group_key(name), global_scales=global_scales)
+        QATLinear.adopt(
+            linear,
+            name=name,
+            scale_group=fused_group_key(name),
+            global_scales=global_scales,
+            scale_rule=recipe.scale_rule,
+        )
     for name in selected_experts:
-        adopt_experts(model.get_submodule(name), name=name, global_scales=global_scales)
+        adopt_experts(model.get_submodule(name), name=name, global_scales=global_scales, scale_rule=recipe.scale_rule)
     # Plain data, so that deepcopy and pickle carry it along.
     excluded: Any = {**_bare_routers(model), **reasons}
     model.nvfp4_excluded = excluded
@@ -267,9 +268,9 @@ def _reads_weight(parent: nn.Module, local_name: str) -> bool:
 
 
 def _reason_to_exclude(
-    name: str, module: nn.Module, parent: nn.Module, preset: str, exclude: tuple[str, ...], is_output_embedding: bool
+    name: str, module: nn.Module, parent: nn.Module, recipe: Recipe, is_output_embedding: bool
 ) -> str | None:
-    if pattern := _pattern_for(name, exclude):
+    if pattern := _pattern_for(name, recipe.exclude):
         return f"exclude: {pattern}"
     if type(module) is not nn.Linear:
         return f"{type(module).__name__}, a subclass of nn.Linear"
@@ -277,7 +278,7 @@ def _reason_to_exclude(
         return "output embedding"
     if _reads_weight(parent, name.rpartition(".")[2]):
         return f"its weight is read by {type(parent).__name__}, past its forward"
-    return _reason_by_rule(name, preset)
+    return _reason_by_rule(name, recipe.preset)
 
 
 def _pattern_for(name: str, exclude: tuple[str, ...]) -> str | None:
@@ -316,10 +317,35 @@ def fused_experts(model: nn.Module) -> list[str]:
     ]
 
 
-def _refuse_experts(model: nn.Module, experts: list[str], exclude: tuple[str, ...]) -> None:
+def _outer_layers(model: nn.Module, candidates: list[str], recipe: Recipe) -> dict[str, str]:
+    """Of the candidates, those in the first and last layers of a stack: the outermost lists of modules."""
+    num_first, num_last = recipe.bf16_first_layers, recipe.bf16_last_layers
+    if not num_first and not num_last:
+        return {}
+    stacks: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{outer}.") for outer in stacks):
+            layers = [f"{path}.{number}." for number in range(len(module))]
+            if all(any(name.startswith(layer) for name in candidates) for layer in layers):
+                stacks[path] = len(module)
+    if not stacks or min(stacks.values()) <= num_first + num_last:
+        raise ValueError(
+            f"`bf16_first_layers` and `bf16_last_layers` must leave layers to quantize; {num_first} + {num_last} of "
+            f"{min(stacks.values(), default=0)} in {type(model).__name__}. Use smaller numbers, or `exclude`."
+        )
+    reasons: dict[str, str] = {}
+    for path, num_layers in stacks.items():
+        for number in range(num_layers):
+            if number < num_first or number >= num_layers - num_last:
+                end = f"bf16_first_layers={num_first}" if number < num_first else f"bf16_last_layers={num_last}"
+                reasons |= {name: end for name in candidates if name.startswith(f"{path}.{number}.")}
+    return reasons
+
+
+def _refuse_experts(model: nn.Module, experts: list[str]) -> None:
     for name in experts:
         module = model.get_submodule(name)
-        if _pattern_for(name, exclude) is None and (reason := why_not_trainable(module)):
+        if reason := why_not_trainable(module):
             raise ValueError(
                 f"NVFP4 does not cover the fused experts of {type(model).__name__} ({name}, {type(module).__name__}): "
                 f"{reason}. Leaving them out in silence would train most of the model in high precision; to train only "

@@ -31,6 +31,16 @@ GLOBAL_SCALE_MIN_EXPONENT = -100
 GLOBAL_SCALE_MAX_EXPONENT = 100
 """The global decode scale is a power of two within ``[2**-100, 2**100]``."""
 
+SCALE_RULES: tuple[str, ...] = ("amax", "four_over_six", "mse")
+"""How a block scale is chosen: the one that maps the block's maximum to 6; of that and the one that maps it to 4,
+or of that and the next `NUM_SCALE_STEPS` E4M3 values, the one with the least squared error."""
+
+NUM_SCALE_STEPS = 5
+TOP_SCALE_MIN = 240.0
+TOP_VALUE_MIN = 1408.0
+"""A block whose first scale is `TOP_SCALE_MIN` or more may hold the largest magnitude of its matrix: under another
+scale it must decode to `TOP_VALUE_MIN` or more, in units of the global scale, so that the global scale stays."""
+
 BITS_PER_WEIGHT = 4 + 8 / BLOCK_SIZE
 """4.5 bits: the code plus one sixteenth of an E4M3 byte (the global scale is 4 bytes a matrix)."""
 

@@ -16,6 +16,7 @@ from hf_nvfp4_qat.numerics.format import (
     E2M1_MAX,
     GLOBAL_SCALE_MAX_EXPONENT,
     GLOBAL_SCALE_MIN_EXPONENT,
+    SCALE_RULES,
     block_scale_shape,
     check_weight,
     global_scale_shape,
@@ -26,7 +27,11 @@ from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 
 def quantize_nvfp4(
-    weight: torch.Tensor, *, global_decode_scale: torch.Tensor | None = None, impl: Impl = "auto"
+    weight: torch.Tensor,
+    *,
+    global_decode_scale: torch.Tensor | None = None,
+    scale_rule: str = "amax",
+    impl: Impl = "auto",
 ) -> NVFP4Tensor:
     """Quantize a weight to packed NVFP4.
 
@@ -34,6 +39,8 @@ def quantize_nvfp4(
         weight: ``[N, K]`` or ``[E, N, K]``, any floating dtype; its bfloat16 rounding is quantized. K % 16 == 0.
         global_decode_scale: float32 ``[]`` (``[E]`` for ``[E, N, K]``), powers of two; pass the shared one for a
             weight that belongs to a fused group. None computes it from this weight alone.
+        scale_rule: how block scales are chosen. "amax": a block's largest magnitude becomes 6. "four_over_six": 6 or
+            4, whichever has the less squared error in the block. "mse": the least error of six scales.
         impl: "reference" (plain formula), "eager" (same numbers, faster), "triton" (same numbers in one pass, on
             NVIDIA GPUs) or "auto".
 
@@ -42,13 +49,19 @@ def quantize_nvfp4(
 
     Raises:
         ValueError: a shape or dtype without NVFP4 form, infinities or NaNs (counted), a global scale that is
-            not a power of two in range, an unknown `impl`.
+            not a power of two in range, an unknown `scale_rule` or `impl`.
     """
-    weight, global_decode_scale = _checked(weight, global_decode_scale)
-    return quantize_unchecked(weight, global_decode_scale, impl=impl)
+    weight, global_decode_scale = _checked(weight, global_decode_scale, scale_rule)
+    return quantize_unchecked(weight, global_decode_scale, scale_rule=scale_rule, impl=impl)
 
 
-def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, *, impl: Impl = "auto") -> NVFP4Tensor:
+def quantize_unchecked(
+    weight: torch.Tensor,
+    global_decode_scale: torch.Tensor,
+    *,
+    scale_rule: str = "amax",
+    impl: Impl = "auto",
+) -> NVFP4Tensor:
     """``quantize_nvfp4`` without its checks, which read results back from the device one weight at a time.
 
     For callers that check all global scales of a model at once: the scale of a weight with a NaN or infinity is NaN.
@@ -56,34 +69,44 @@ def quantize_unchecked(weight: torch.Tensor, global_decode_scale: torch.Tensor, 
     Args:
         weight: ``[..., N, K]``, any floating dtype, finite, K % 16 == 0.
         global_decode_scale: float32 of ``global_scale_shape(weight.shape)``, powers of two.
-        impl: as ``quantize_nvfp4``.
+        scale_rule, impl: as ``quantize_nvfp4``.
     """
     if torch.compiler.is_compiling():
-        packed, block_scale = torch.ops.hf_nvfp4_qat.quantize(weight, global_decode_scale, impl)
+        packed, block_scale = torch.ops.hf_nvfp4_qat.quantize(weight, global_decode_scale, scale_rule, impl)
     else:
-        packed, block_scale = _quantize(weight, global_decode_scale, resolve(impl, weight.device))
+        packed, block_scale = _quantize(weight, global_decode_scale, scale_rule, resolve(impl, weight.device))
     return NVFP4Tensor(packed, block_scale, global_decode_scale.clone())
 
 
 def quantize_into(
-    weight: torch.Tensor, global_decode_scale: torch.Tensor, packed: torch.Tensor, block_scale: torch.Tensor
+    weight: torch.Tensor,
+    global_decode_scale: torch.Tensor,
+    packed: torch.Tensor,
+    block_scale: torch.Tensor,
+    *,
+    scale_rule: str = "amax",
 ) -> None:
     """``quantize_unchecked`` into bytes that are there already.
 
     Args:
-        weight, global_decode_scale: as ``quantize_unchecked``.
+        weight, global_decode_scale, scale_rule: as ``quantize_unchecked``.
         packed, block_scale: contiguous uint8 of as many bytes as the codes and the block scales have.
     """
     if weight.numel() and resolve("auto", weight.device) == "triton":
-        _triton_kernels().quantize(_readable(weight), global_decode_scale.contiguous(), out=(packed, block_scale))
+        out = (packed, block_scale)
+        _triton_kernels().quantize(_readable(weight), global_decode_scale.contiguous(), scale_rule, out=out)
         return
-    codes, scales = _quantize(weight, global_decode_scale, resolve("auto", weight.device))
+    codes, scales = _quantize(weight, global_decode_scale, scale_rule, resolve("auto", weight.device))
     packed.copy_(codes.view(-1))
     block_scale.copy_(scales.view(-1).view(torch.uint8))
 
 
 def fake_quantize_nvfp4(
-    weight: torch.Tensor, *, global_decode_scale: torch.Tensor | None = None, impl: Impl = "auto"
+    weight: torch.Tensor,
+    *,
+    global_decode_scale: torch.Tensor | None = None,
+    scale_rule: str = "amax",
+    impl: Impl = "auto",
 ) -> torch.Tensor:
     """Quantize and decode a weight: bit for bit ``quantize_nvfp4(weight).dequantize()``, in one go.
 
@@ -94,8 +117,8 @@ def fake_quantize_nvfp4(
     Returns:
         bfloat16 tensor of the shape of `weight`; every value is exact.
     """
-    detached, global_decode_scale = _checked(weight.detach(), global_decode_scale)
-    values = fake_quantize_unchecked(detached, global_decode_scale, impl=impl)
+    detached, global_decode_scale = _checked(weight.detach(), global_decode_scale, scale_rule)
+    values = fake_quantize_unchecked(detached, global_decode_scale, scale_rule=scale_rule, impl=impl)
     return straight_through(weight, values)
 
 
@@ -108,6 +131,7 @@ def fake_quantize_unchecked(
     weight: torch.Tensor,
     global_decode_scale: torch.Tensor,
     *,
+    scale_rule: str = "amax",
     impl: Impl = "auto",
     after: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -117,7 +141,7 @@ def fake_quantize_unchecked(
         weight: ``[..., N, K]``, any floating dtype, K % 16 == 0. Never raises on NaN or infinity:
             the global scale of such a weight is NaN, so all of it decodes to NaN and the loss says so.
         global_decode_scale: float32 of ``global_scale_shape(weight.shape)``, powers of two.
-        impl: as ``quantize_nvfp4``.
+        scale_rule, impl: as ``quantize_nvfp4``.
         after: any tensor; it is not read, but a compiler must compute it first. Given the incoming gradient, a second
             call in a backward cannot be merged with the one in the forward, whose result would then be kept between.
 
@@ -125,8 +149,8 @@ def fake_quantize_unchecked(
         bfloat16 tensor of the shape of `weight`.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.hf_nvfp4_qat.fake_quantize(weight, global_decode_scale, impl, after)
-    return _fake_quantize(weight, global_decode_scale, resolve(impl, weight.device))
+        return torch.ops.hf_nvfp4_qat.fake_quantize(weight, global_decode_scale, scale_rule, impl, after)
+    return _fake_quantize(weight, global_decode_scale, scale_rule, resolve(impl, weight.device))
 
 
 def global_amax(weight: torch.Tensor) -> torch.Tensor:
@@ -175,6 +199,16 @@ def global_decode_scale_of_amax(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax.isfinite(), scale, torch.full_like(scale, torch.nan))
 
 
+def check_scale_rule(scale_rule: str) -> None:
+    """Refuse an unknown rule.
+
+    Raises:
+        ValueError: none of "amax", "four_over_six", "mse".
+    """
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"`scale_rule` is one of {', '.join(SCALE_RULES)}; got {scale_rule!r}.")
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -185,8 +219,11 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-def _checked(weight: torch.Tensor, global_decode_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _checked(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor | None, scale_rule: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     check_weight(weight)
+    check_scale_rule(scale_rule)
     num_bad = int((~weight.to(torch.bfloat16).isfinite()).sum())
     if num_bad:
         raise ValueError(
@@ -222,25 +259,31 @@ def _matrices(weight: torch.Tensor, global_decode_scale: torch.Tensor) -> Iterat
     return zip(matrices, global_decode_scale.view(-1), strict=True)
 
 
-def _quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The packed codes and the block scales."""
     if weight.numel() == 0:
         packed = torch.empty(0, dtype=torch.uint8, device=weight.device)
         block_scale = torch.empty(0, dtype=torch.float8_e4m3fn, device=weight.device)
     elif impl == "triton":
-        packed, block_scale = _triton_kernels().quantize(_readable(weight), global_decode_scale.contiguous())
+        packed, block_scale = _triton_kernels().quantize(
+            _readable(weight), global_decode_scale.contiguous(), scale_rule
+        )
     else:
-        parts = [_ROWS[impl].quantize(blocks, scale) for blocks, scale in _matrices(weight, global_decode_scale)]
+        matrices = _matrices(weight, global_decode_scale)
+        parts = [_ROWS[impl].quantize(blocks, scale, scale_rule) for blocks, scale in matrices]
         packed, block_scale = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
     return packed.view(packed_shape(weight.shape)), block_scale.view(block_scale_shape(weight.shape))
 
 
-def _fake_quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> torch.Tensor:
+def _fake_quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str, impl: str) -> torch.Tensor:
     if weight.numel() == 0:
         return weight.detach().to(torch.bfloat16, copy=True)
     if impl == "triton":
-        return _triton_kernels().fake_quantize(_readable(weight), global_decode_scale.contiguous())
-    values = [_ROWS[impl].fake_quantize(blocks, scale) for blocks, scale in _matrices(weight, global_decode_scale)]
+        return _triton_kernels().fake_quantize(_readable(weight), global_decode_scale.contiguous(), scale_rule)
+    matrices = _matrices(weight, global_decode_scale)
+    values = [_ROWS[impl].fake_quantize(blocks, scale, scale_rule) for blocks, scale in matrices]
     return (values[0] if len(values) == 1 else torch.cat(values)).view(weight.shape)
 
 
@@ -257,27 +300,29 @@ def _triton_kernels() -> Any:
 
 @torch.library.custom_op("hf_nvfp4_qat::fake_quantize", mutates_args=())
 def _fake_quantize_op(
-    weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str, after: torch.Tensor | None = None
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str, impl: str, after: torch.Tensor | None
 ) -> torch.Tensor:
-    return _fake_quantize(weight, global_decode_scale, resolve(impl, weight.device))
+    return _fake_quantize(weight, global_decode_scale, scale_rule, resolve(impl, weight.device))
 
 
 @_fake_quantize_op.register_fake
 def _(
-    weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str, after: torch.Tensor | None = None
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str, impl: str, after: torch.Tensor | None
 ) -> torch.Tensor:
     return weight.new_empty(weight.shape, dtype=torch.bfloat16)
 
 
 @torch.library.custom_op("hf_nvfp4_qat::quantize", mutates_args=())
 def _quantize_op(
-    weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _quantize(weight, global_decode_scale, resolve(impl, weight.device))
+    return _quantize(weight, global_decode_scale, scale_rule, resolve(impl, weight.device))
 
 
 @_quantize_op.register_fake
-def _(weight: torch.Tensor, global_decode_scale: torch.Tensor, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     return (
         weight.new_empty(packed_shape(weight.shape), dtype=torch.uint8),
         weight.new_empty(block_scale_shape(weight.shape), dtype=torch.float8_e4m3fn),

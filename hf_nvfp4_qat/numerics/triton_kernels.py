@@ -16,8 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, block_scale_shape, packed_shape
+from hf_nvfp4_qat.numerics import format as nvfp4
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, SCALE_RULES, block_scale_shape, packed_shape
 from hf_nvfp4_qat.numerics.implementations import launching_on
+
+# As kernels see them.
+NUM_SCALE_STEPS = tl.constexpr(nvfp4.NUM_SCALE_STEPS)
+TOP_SCALE_MIN = tl.constexpr(nvfp4.TOP_SCALE_MIN)
+TOP_VALUE_MIN = tl.constexpr(nvfp4.TOP_VALUE_MIN)
 
 # Blocks of 16 elements a program takes, and its warps; the fastest of twelve pairs on an H100.
 _FAKE_QUANTIZE_SHAPE = (64, 4)
@@ -103,34 +109,80 @@ def _load_blocks(
 
 
 @triton.jit
-def _block_scales(x, global_decode_scale):
+def _round_to_e2m1(scaled):
+    """E2M1 values, as fp32, of fp32 that has 12 significant bits."""
+    scaled = tl.minimum(tl.maximum(scaled, -6.0), 6.0)
+    p = tl.maximum(scaled.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    constant = (p + 0x0B400000).to(tl.float32, bitcast=True)  # the bits of 1.5 * 2**22 * p
+    return (scaled + constant) - constant
+
+
+@triton.jit
+def _e4m3(scale):
+    """Positive fp32 to E4M3: the bits of an fp32 from the last of 4 significant ones on."""
+    scale = tl.minimum(tl.maximum(_keep_12_bits(scale), 0.015625), 448.0)
+    bits = scale.to(tl.int32, bitcast=True)
+    return (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20  # ties to even
+
+
+@triton.jit
+def _value(top):
+    """fp32 of what ``_e4m3`` returns."""
+    return (top << 20).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _squared_error(relative, top, R: tl.constexpr):
+    """As ``reference.squared_error``, in the same order, of fp32 `relative` [R, 16]."""
+    scale = _value(top)[:, None]
+    difference = relative - _round_to_e2m1(_keep_12_bits(relative * (1.0 / scale))) * scale
+    even, odd = tl.split(tl.reshape(difference * difference, (R, 8, 2)))
+    even, odd = tl.split(tl.reshape(even + odd, (R, 4, 2)))
+    even, odd = tl.split(tl.reshape(even + odd, (R, 2, 2)))
+    even, odd = tl.split(even + odd)
+    return even + odd
+
+
+@triton.jit
+def _block_scales(x, global_decode_scale, RULE: tl.constexpr, R: tl.constexpr):
     """Block scales of fp32 `x` [R, 16]: (E4M3 code int32 [R], its value times the global scale, fp32 [R])."""
     # Positive fp32 values sort like their bits, and NaN sorts last.
     block_max = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
     # The reciprocals: of a power of two, exact; of 6, rounded, and the rounding to 12 bits takes that back.
     scale = block_max * (1.0 / 6.0) * (1.0 / global_decode_scale)
     is_nan = scale != scale
-    scale = tl.minimum(tl.maximum(_keep_12_bits(scale), 0.015625), 448.0)
-    bits = scale.to(tl.int32, bitcast=True)
-    top = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20  # ties to even
-    value = (top << 20).to(tl.float32, bitcast=True) * global_decode_scale
+    top = _e4m3(scale)
+    if RULE != 0:
+        relative = x * (1.0 / global_decode_scale)
+        block_max = block_max * (1.0 / global_decode_scale)
+        is_at_top = _value(top) >= TOP_SCALE_MIN
+        least = _squared_error(relative, top, R)
+        first = top
+        for step in tl.static_range(1, 2 if RULE == 1 else NUM_SCALE_STEPS + 1):
+            if RULE == 1:
+                other = _e4m3(block_max * 0.25)
+            else:
+                other = tl.minimum(first + step, 1086)  # 448
+            error = _squared_error(relative, other, R)
+            e2m1_max = _round_to_e2m1(_keep_12_bits(block_max * (1.0 / _value(other))))
+            is_better = (error < least) & (e2m1_max >= 4.0)
+            is_better = is_better & ((e2m1_max * _value(other) >= TOP_VALUE_MIN) | (is_at_top == 0))
+            top = tl.where(is_better, other, top)
+            least = tl.where(is_better, error, least)
     code = tl.where(is_nan, 0x7F, top - ((127 - 7) << 3))
-    return code, tl.where(is_nan, float("nan"), value)
+    return code, tl.where(is_nan, float("nan"), _value(top) * global_decode_scale)
 
 
 @triton.jit
 def _fake_quantize_kernel(
     x_ptr, global_scale_ptr, out_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix,
-    DENSE: tl.constexpr, R: tl.constexpr,
+    DENSE: tl.constexpr, RULE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     x, matrix, first, inside = _load_blocks(
         x_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix, DENSE, R
     )
-    _, scale = _block_scales(x, tl.load(global_scale_ptr + matrix))
-    scaled = tl.minimum(tl.maximum(_keep_12_bits(x * (1.0 / scale)[:, None]), -6.0), 6.0)
-    p = tl.maximum(scaled.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
-    constant = (p + 0x0B400000).to(tl.float32, bitcast=True)  # the bits of 1.5 * 2**22 * p
-    value = ((scaled + constant) - constant) * scale[:, None]
+    _, scale = _block_scales(x, tl.load(global_scale_ptr + matrix), RULE, R)
+    value = _round_to_e2m1(_keep_12_bits(x * (1.0 / scale)[:, None])) * scale[:, None]
     offsets = tl.arange(0, R)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(out_ptr + first * 16 + offsets, value.to(tl.bfloat16), mask=inside[:, None])
 
@@ -138,12 +190,12 @@ def _fake_quantize_kernel(
 @triton.jit
 def _quantize_kernel(
     x_ptr, global_scale_ptr, packed_ptr, block_scale_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k,
-    programs_per_matrix, DENSE: tl.constexpr, R: tl.constexpr,
+    programs_per_matrix, DENSE: tl.constexpr, RULE: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     x, matrix, first, inside = _load_blocks(
         x_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix, DENSE, R
     )
-    scale_code, scale = _block_scales(x, tl.load(global_scale_ptr + matrix))
+    scale_code, scale = _block_scales(x, tl.load(global_scale_ptr + matrix), RULE, R)
     even, odd = tl.split(tl.reshape(x * (1.0 / scale)[:, None], (R, 8, 2)))
     packed = tl.inline_asm_elementwise(_ENCODE, "=r" + ",r" * 8, [even, odd], dtype=tl.int8, is_pure=True, pack=4)
     block = tl.arange(0, R)
@@ -157,6 +209,7 @@ def _quantize_kernel(
 def quantize(
     weight: torch.Tensor,
     global_decode_scale: torch.Tensor,
+    scale_rule: str = "amax",
     *,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +218,7 @@ def quantize(
     Args:
         weight: ``[..., N, K]`` on a GPU, bfloat16, float16 or float32, any strides, K % 16 == 0, not empty.
         global_decode_scale: float32 ``[...]``, powers of two, contiguous, on the same GPU.
+        scale_rule: how block scales are chosen.
         out: uint8 tensors of the right number of bytes, contiguous, to write both results into.
 
     Returns:
@@ -176,19 +230,24 @@ def quantize(
         block_scale = torch.empty(block_scale_shape(weight.shape), dtype=torch.uint8, device=weight.device)
     else:
         packed, block_scale = out
-    _launch(_quantize_kernel, _QUANTIZE_SHAPE, weight, global_decode_scale, packed, block_scale)
+    _launch(_quantize_kernel, _QUANTIZE_SHAPE, weight, global_decode_scale, scale_rule, packed, block_scale)
     return packed, block_scale.view(torch.float8_e4m3fn)
 
 
-def fake_quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str = "amax") -> torch.Tensor:
     """Quantize and decode: bfloat16 ``[..., N, K]``, contiguous, exact. Args as ``quantize``."""
     out = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
-    _launch(_fake_quantize_kernel, _FAKE_QUANTIZE_SHAPE, weight, global_decode_scale, out)
+    _launch(_fake_quantize_kernel, _FAKE_QUANTIZE_SHAPE, weight, global_decode_scale, scale_rule, out)
     return out
 
 
 def _launch(
-    kernel, shape: tuple[int, int], weight: torch.Tensor, global_decode_scale: torch.Tensor, *outputs: torch.Tensor
+    kernel,
+    shape: tuple[int, int],
+    weight: torch.Tensor,
+    global_decode_scale: torch.Tensor,
+    scale_rule: str,
+    *outputs: torch.Tensor,
 ) -> None:
     blocks, num_warps = shape
     weight = weight if weight.ndim <= 3 else weight.flatten(0, -3)
@@ -201,5 +260,5 @@ def _launch(
     with launching_on(weight.device):
         kernel[(programs * global_decode_scale.numel(),)](
             weight, global_decode_scale, *outputs, num_blocks, num_columns // BLOCK_SIZE, stride_e, stride_n, stride_k,
-            programs, DENSE=dense, R=blocks, num_warps=num_warps,
+            programs, DENSE=dense, RULE=SCALE_RULES.index(scale_rule), R=blocks, num_warps=num_warps,
         )  # fmt: skip

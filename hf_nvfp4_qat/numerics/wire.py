@@ -27,13 +27,16 @@ def part_num_bytes(num_rows: int, row_shape: torch.Size | tuple[int, ...]) -> tu
     return num_elements // 2, num_elements // BLOCK_SIZE
 
 
-def encode_rows(weight: torch.Tensor, global_decode_scale: torch.Tensor, *, num_rows: int) -> torch.Tensor:
+def encode_rows(
+    weight: torch.Tensor, global_decode_scale: torch.Tensor, *, num_rows: int, scale_rule: str = "amax"
+) -> torch.Tensor:
     """This process's part.
 
     Args:
         weight: its rows, ``[R, K]`` or experts ``[R, N, K]``, any floating dtype, R <= `num_rows`, may be empty.
         global_decode_scale: float32 ``[]``, or ``[R]`` for experts, of the whole weight's.
         num_rows: rows of the largest part.
+        scale_rule: how block scales are chosen.
 
     Returns:
         uint8 of ``sum(part_num_bytes(num_rows, weight.shape[1:]))`` bytes; padding is not written.
@@ -44,7 +47,7 @@ def encode_rows(weight: torch.Tensor, global_decode_scale: torch.Tensor, *, num_
     if not weight.numel():
         return part
     codes, scales = part[: weight.numel() // 2], part[codes_bytes : codes_bytes + weight.numel() // BLOCK_SIZE]
-    quantize_into(weight, global_decode_scale, codes, scales)
+    quantize_into(weight, global_decode_scale, codes, scales, scale_rule=scale_rule)
     return part
 
 

@@ -1,6 +1,5 @@
 """NVFP4QATConfig: what a user says about a model, and what config.json remembers of it."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_nvfp4_qat.checkpoint.save import SAVE_FORMATS
-from hf_nvfp4_qat.modules.swap import PRESETS
+from hf_nvfp4_qat.modules.recipe import Recipe
 
 QUANT_METHOD = "nvfp4_qat"
 """`nvfp4` is taken: it is Transformers' own inference-only quantizer."""
@@ -25,6 +24,9 @@ class NVFP4QATConfig(QuantizationConfigMixin):
             other modalities. "ffn_only": of these, the feed-forward layers.
         exclude: modules to leave in high precision besides: an exact path, the last components of a path, or ``re:``
             and a regular expression matched from the start of the path. A pattern that names no module is an error.
+        scale_rule: how block scales are chosen. "amax": a block's largest magnitude becomes 6. "four_over_six": 6 or 4,
+            whichever has the less squared error in the block. "mse": the least error of six scales.
+        bf16_first_layers, bf16_last_layers: so many decoder layers at each end stay in high precision.
         save_format: "auto" saves master weights into ``checkpoint-<int>`` folders, which Trainer resumes from, and
             packed NVFP4 anywhere else; "master" or "nvfp4" forces one of the two.
 
@@ -34,24 +36,22 @@ class NVFP4QATConfig(QuantizationConfigMixin):
 
     preset: str = "full"
     exclude: tuple[str, ...] = ()
+    scale_rule: str = "amax"
+    bf16_first_layers: int = 0
+    bf16_last_layers: int = 0
     save_format: str = "auto"
 
     quant_method: ClassVar[str] = QUANT_METHOD
 
     def __post_init__(self) -> None:
-        for name, choices in (("preset", PRESETS), ("save_format", SAVE_FORMATS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is one of {', '.join(choices)}; got {getattr(self, name)!r}.")
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise ValueError(f"`exclude` is a list of strings; got {self.exclude!r}.")
-        for pattern in self.exclude:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise ValueError(f"`exclude` holds {pattern!r}, which is no regular expression: {error}.") from None
-        # Lists come from JSON and from users; a frozen record keeps a tuple.
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        if self.save_format not in SAVE_FORMATS:
+            raise ValueError(f"`save_format` is one of {', '.join(SAVE_FORMATS)}; got {self.save_format!r}.")
+        object.__setattr__(self, "exclude", self.recipe.exclude)
+
+    @property
+    def recipe(self) -> Recipe:
+        """All but `save_format`."""
+        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Frozen by hand: upstream's base is a dataclass that is not frozen, and a frozen one cannot inherit from it.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader
 from hf_nvfp4_qat.checkpoint.load import Requantization, load_decoded
-from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, layer_of, quantized_layers
+from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, layer_of, quantized_layers, scale_rule_of
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names
 from hf_nvfp4_qat.modules.experts import expert_parameters
 from hf_nvfp4_qat.modules.swap import fused_experts, qat_weights
@@ -26,8 +26,8 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     Args:
         path: directory or Hub repository id of a compressed-tensors `nvfp4-pack-quantized` checkpoint, ours or another
             tool's.
-        config: what to quantize; None quantizes the layers that are packed in the checkpoint, but for those that
-            ``NVFP4QATConfig`` leaves out by rule (the report counts them).
+        config: what to quantize, and how; None quantizes the layers that are packed in the checkpoint, but for those
+            that ``NVFP4QATConfig`` leaves out by rule (the report counts them), and by the rule they were packed with.
         kwargs: for ``from_pretrained`` (`dtype`, `device_map`, `revision`, ...); `dtype` is that of the master
             weights and of everything else, bfloat16 by default.
 
@@ -44,7 +44,10 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     for name, module_name in checkpoint_names(model).items():
         layers_of.setdefault(module_name, []).append(layer_of(name))
     if config is None:
-        config = NVFP4QATConfig(exclude=_unpacked_modules(model, packed, layers_of))
+        config = NVFP4QATConfig(
+            exclude=_unpacked_modules(model, packed, layers_of),
+            scale_rule=scale_rule_of(reader.config()["quantization_config"]),
+        )
     decoded = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     prepare_qat(model, config)
     model.nvfp4_requantization = _requantization(model, reader, decoded, layers_of)

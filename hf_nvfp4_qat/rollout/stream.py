@@ -96,6 +96,7 @@ class RolloutStream:
         self.is_stacked = False
         self.experts = {source.name: source.parts for source in packed if source.parts}
         self.num_packed = len(packed)
+        self._scale_rule = packed[0].scale_rule
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
         self.ignored_layers = ignored_layers(model, sources)
 
@@ -122,7 +123,7 @@ class RolloutStream:
     @property
     def quantization_config(self) -> dict[str, Any]:
         """What an engine that takes this stream must be configured with."""
-        return quantization_config(self.ignored_layers)
+        return quantization_config(self.ignored_layers, scale_rule=self._scale_rule)
 
     def __iter__(self) -> Iterator[NamedTensor]:
         return self.tensors()
@@ -157,7 +158,7 @@ class RolloutStream:
                     observe(source.name, *own_rows(source.shard(), packed))
                 else:
                     weight = source.load()
-                    packed = quantize_unchecked(weight, source.global_decode_scale())
+                    packed = quantize_unchecked(weight, source.global_decode_scale(), scale_rule=source.scale_rule)
                     observe(source.name, weight, packed)
                     del weight
                 tensors |= self._under_names(source, packed)
@@ -178,7 +179,8 @@ class RolloutStream:
         same_layer = takewhile(lambda group: _decoder_layer(group[0].name) == layer, self._groups[number:])
         sources = [source for group in same_layer for source in group if source.shard is not None]
         scales = [source.global_decode_scale() for source in sources if source.global_decode_scale is not None]
-        packed = gather_packed([source.shard() for source in sources if source.shard is not None], scales)
+        shards = [source.shard() for source in sources if source.shard is not None]
+        packed = gather_packed(shards, scales, sources[0].scale_rule)
         return {source.name: tensor for source, tensor in zip(sources, packed, strict=True)}
 
     def weights(self) -> Iterator[tuple[TensorSource, torch.Tensor]]:

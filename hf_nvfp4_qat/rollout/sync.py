@@ -144,7 +144,7 @@ def check(engine: Any, model: nn.Module) -> EngineCheck:
             not_compared.append(source.name)
             continue
         if source.global_decode_scale is not None:
-            weight = fake_quantize_unchecked(weight, source.global_decode_scale())
+            weight = fake_quantize_unchecked(weight, source.global_decode_scale(), scale_rule=source.scale_rule)
         weight = weight.to(source.dtype)
         num_found = num_different = 0
         for placement in placements:

@@ -1,16 +1,17 @@
 """load_nvfp4 starts where the checkpoint was served; verify_nvfp4 finds every kind of damage."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
-from conftest import load_qat, take_step, tokens
+from conftest import load_qat, take_step, tiny_qwen3, tiny_qwen3_moe, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hf_nvfp4_qat import NVFP4QATConfig, coverage, load_nvfp4, verify_nvfp4
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat import NVFP4QATConfig, coverage, fake_quantize_nvfp4, load_nvfp4, prepare_qat, verify_nvfp4
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -55,6 +56,37 @@ def test_our_checkpoint_continues_with_identical_values(packed, tmp_path):
     assert torch.equal(again(tokens()).logits, AutoModelForCausalLM.from_pretrained(path)(tokens()).logits)
     again.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("scale_rule", ["four_over_six", "mse"])
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_qwen3_moe])
+def test_scales_chosen_by_error_are_what_is_trained_saved_and_loaded(make, scale_rule, tmp_path):
+    model = prepare_qat(make(), NVFP4QATConfig(scale_rule=scale_rule))
+    take_step(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    for weight in qat_weights(copy.deepcopy(model)).values():
+        assert weight.scale_rule == scale_rule
+        expected = fake_quantize_nvfp4(
+            weight.weight.detach(), global_decode_scale=weight.global_decode_scale, scale_rule=scale_rule
+        )
+        assert torch.equal(weight.fake_quantized_weight(), expected)
+        assert not torch.equal(expected, fake_quantize_nvfp4(weight.weight.detach()))
+    model.save_pretrained(tmp_path / "a")
+    assert verify_nvfp4(tmp_path / "a", model).ok
+    again = load_nvfp4(tmp_path / "a")
+    assert again.nvfp4_requantization.num_moved == 0
+    assert again.hf_quantizer.quantization_config.scale_rule == scale_rule
+    again.save_pretrained(tmp_path / "b")
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    for name, weight in qat_weights(again).items():
+        assert torch.equal(weight.weight, qat_weights(model)[name].fake_quantized_weight())
+    if make is tiny_qwen3:  # Transformers loses the global scales of experts
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+        assert torch.equal(plain(tokens()).logits, again(tokens()).logits)
+
+
+def test_every_rule_keeps_what_the_plain_one_has_chosen(packed):
+    for rule in ("four_over_six", "mse"):
+        assert load_nvfp4(packed[1], NVFP4QATConfig(scale_rule=rule)).nvfp4_requantization.num_moved == 0
 
 
 def test_a_loaded_checkpoint_trains(packed):

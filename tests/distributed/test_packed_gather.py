@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat import NVFP4QATConfig, fake_quantize_nvfp4, prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed, stop_packed_gather, use_packed_gather
 from hf_nvfp4_qat.modules import global_scale
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
@@ -79,13 +79,14 @@ def compare(
     policy: MixedPrecisionPolicy = BF16,
     before_sharding: Callable[[nn.Module], None] = lambda model: None,
     training: dict | None = None,
+    scale_rule: str = "amax",
     **sharding,
 ) -> dict[str, float]:
     """Differences between the two ways to train, and the bytes that each gathers."""
     found = {}
     runs = {}
     for packed in (False, True):
-        model = prepare_qat(spread(make()).train())
+        model = prepare_qat(spread(make()).train(), NVFP4QATConfig(scale_rule=scale_rule))
         before_sharding(model)
         shard(model, policy, **sharding)
         counted = count_gathers(model)
@@ -107,7 +108,9 @@ def compare(
         if isinstance(module, FSDPModule):
             module.reshard()
     expected = [
-        fake_quantize_nvfp4(whole(layer.weight).detach(), global_decode_scale=layer.global_decode_scale).to(dtype)
+        fake_quantize_nvfp4(
+            whole(layer.weight).detach(), global_decode_scale=layer.global_decode_scale, scale_rule=scale_rule
+        ).to(dtype)
         for layer in qat_weights(model).values()
     ]
     found["seen"] = largest_difference([seen[name] for name in qat_weights(model)], expected)
@@ -175,8 +178,9 @@ def _modes(rank: int) -> dict[str, dict]:
         "clipping": compare(rank, training={"clip": 0.05}),
         "fused optimizer": compare(rank, training={"fused": True}),
         "compiled": compare(rank, before_sharding=_compiled, **two),
+        "four over six": compare(rank, scale_rule="four_over_six", **two),
         "experts": compare(rank, experts),
-        "experts, uneven": compare(rank, partial(experts, num_experts=5), **two),
+        "experts, uneven": compare(rank, partial(experts, num_experts=5), scale_rule="mse", **two),
         "experts, eager, checkpointing": compare(
             rank, partial(experts, "eager"), before_sharding=_checkpointing, **two
         ),

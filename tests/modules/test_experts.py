@@ -137,9 +137,9 @@ class CountQuantizations:
         self.num_elements = 0
         original = experts.fake_quantize_unchecked
 
-        def counted(weight, scale):
+        def counted(weight, *args, **kwargs):
             self.num_elements += weight.numel()
-            return original(weight, scale)
+            return original(weight, *args, **kwargs)
 
         monkeypatch.setattr(experts, "fake_quantize_unchecked", counted)
 

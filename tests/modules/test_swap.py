@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_qwen3
+from conftest import tiny_llama, tiny_qwen3, tiny_qwen3_moe
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -67,9 +67,24 @@ def test_excluded_layers_stay_plain_and_name_their_pattern():
     assert report.excluded["model.layers.1.mlp.up_proj"] == r"exclude: re:model\.layers\.1\."
 
 
+def test_outer_layers_stay_in_high_precision_and_the_report_says_so():
+    model = tiny_qwen3(num_hidden_layers=4)
+    report = coverage(prepare_qat(model, NVFP4QATConfig(bf16_first_layers=1, bf16_last_layers=2)))
+    assert len(report.quantized) == 7 and all(name.startswith("model.layers.1.") for name in report.quantized)
+    assert report.excluded["model.layers.0.mlp.up_proj"] == "bf16_first_layers=1"
+    assert report.excluded["model.layers.3.self_attn.q_proj"] == "bf16_last_layers=2"
+    report = coverage(prepare_qat(tiny_qwen3_moe(num_hidden_layers=3), NVFP4QATConfig(bf16_last_layers=1)))
+    assert "model.layers.1.mlp.experts" in report.quantized
+    assert report.excluded["model.layers.2.mlp.experts"] == "bf16_last_layers=1"
+
+
 @pytest.mark.parametrize(
     "config, message",
     [
+        (
+            NVFP4QATConfig(bf16_first_layers=1, bf16_last_layers=1),
+            r"must leave layers to quantize; 1 \+ 1 of 2 in Qwen3",
+        ),
         (NVFP4QATConfig(exclude=["q_prj"]), r"\['q_prj'\] name none of Qwen3ForCausalLM"),
         (NVFP4QATConfig(exclude=["re:.*"]), "No layer is left to quantize: of 15 nn.Linear"),
         (NVFP4QATConfig(exclude=["up_proj"]), "gate_proj, .*up_proj into one matrix, so all or none"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_nvfp4_qat import NVFP4Tensor, fake_quantize_nvfp4, numerics, quantize_nvfp4
 from hf_nvfp4_qat.numerics import eager, reference
-from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAGNITUDES, E2M1_TIES, E2M1_VALUES
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAGNITUDES, E2M1_TIES, E2M1_VALUES, SCALE_RULES
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_amax, global_decode_scale_of_amax
 
 IMPLS = ("reference", "eager")
@@ -336,45 +336,48 @@ def weights(draw, min_rows: int = 1) -> torch.Tensor:
 
 
 @settings(max_examples=200, deadline=None)
-@given(weights())
-def test_quantizing_a_dequantized_weight_changes_nothing(weight):
-    once = quantize_nvfp4(weight)
-    again = quantize_nvfp4(once.dequantize())
+@given(weights(), st.sampled_from(SCALE_RULES))
+def test_quantizing_a_dequantized_weight_changes_nothing(weight, scale_rule):
+    once = quantize_nvfp4(weight, scale_rule=scale_rule)
+    again = quantize_nvfp4(once.dequantize(), scale_rule=scale_rule)
     assert torch.equal(again.dequantize(), once.dequantize())
     assert torch.equal(again.global_decode_scale, once.global_decode_scale)
 
 
 @settings(max_examples=100, deadline=None)
-@given(weights())
-def test_eager_and_reference_agree_bit_for_bit(weight):
-    fast, plain = quantize_nvfp4(weight, impl="eager"), quantize_nvfp4(weight, impl="reference")
+@given(weights(), st.sampled_from(SCALE_RULES))
+def test_eager_and_reference_agree_bit_for_bit(weight, scale_rule):
+    fast, plain = (quantize_nvfp4(weight, scale_rule=scale_rule, impl=impl) for impl in ("eager", "reference"))
     assert equal(fast.packed, plain.packed) and equal(fast.block_scale, plain.block_scale)
-    assert torch.equal(fake_quantize_nvfp4(weight, impl="eager"), plain.dequantize())
+    assert torch.equal(fake_quantize_nvfp4(weight, scale_rule=scale_rule, impl="eager"), plain.dequantize())
 
 
 @settings(max_examples=100, deadline=None)
-@given(weights(min_rows=2), st.data())
-def test_row_shards_concatenate_to_the_whole_weight(weight, data):
+@given(weights(min_rows=2), st.sampled_from(SCALE_RULES), st.data())
+def test_row_shards_concatenate_to_the_whole_weight(weight, scale_rule, data):
     cut = data.draw(st.integers(1, weight.shape[0] - 1))
-    whole = quantize_nvfp4(weight)
+    whole = quantize_nvfp4(weight, scale_rule=scale_rule)
     shards = [
-        quantize_nvfp4(rows, global_decode_scale=whole.global_decode_scale) for rows in (weight[:cut], weight[cut:])
+        quantize_nvfp4(rows, global_decode_scale=whole.global_decode_scale, scale_rule=scale_rule)
+        for rows in (weight[:cut], weight[cut:])
     ]
     assert equal(torch.cat([shard.packed for shard in shards]), whole.packed)
     assert torch.equal(torch.cat([shard.dequantize() for shard in shards]), whole.dequantize())
 
 
 @settings(max_examples=100, deadline=None)
-@given(weights())
-def test_negating_the_input_negates_the_output(weight):
-    assert torch.equal(fake_quantize_nvfp4(-weight), -fake_quantize_nvfp4(weight))
+@given(weights(), st.sampled_from(SCALE_RULES))
+def test_negating_the_input_negates_the_output(weight, scale_rule):
+    values = fake_quantize_nvfp4(weight, scale_rule=scale_rule)
+    assert torch.equal(fake_quantize_nvfp4(-weight, scale_rule=scale_rule), -values)
 
 
 @settings(max_examples=100, deadline=None)
-@given(weights(), st.integers(-8, 8))
-def test_scaling_the_input_by_a_power_of_two_scales_the_output(weight, exponent):
+@given(weights(), st.integers(-8, 8), st.sampled_from(SCALE_RULES))
+def test_scaling_the_input_by_a_power_of_two_scales_the_output(weight, exponent, scale_rule):
     factor = 2.0**exponent
-    assert torch.equal(fake_quantize_nvfp4(weight * factor), fake_quantize_nvfp4(weight) * factor)
+    scaled = fake_quantize_nvfp4(weight * factor, scale_rule=scale_rule)
+    assert torch.equal(scaled, fake_quantize_nvfp4(weight, scale_rule=scale_rule) * factor)
 
 
 @settings(max_examples=100, deadline=None)
@@ -386,6 +389,78 @@ def test_inside_the_normal_range_the_values_do_not_depend_on_the_global_scale(we
     inside = (block_scale * 2.0**exponent >= 2.0**-6).repeat_interleave(16, dim=1)
     values, others = fake_quantize_nvfp4(weight), fake_quantize_nvfp4(weight, global_decode_scale=other)
     assert torch.equal(values[inside], others[inside])
+
+
+def every_pair_of_maxima() -> torch.Tensor:
+    """bfloat16 [2048, 512, 16]: matrices for each amax of two octaves, blocks in them for each maximum of four.
+
+    In one of eight, blocks go up to the amax; in the others one block alone decides the global scale.
+    """
+    maxima = torch.arange(256).add(0x3F80).to(torch.int16).view(torch.bfloat16).float().repeat(8)  # 1 to 4
+    lower = torch.cat([maxima[:256] / 4, maxima[:256]])
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(2048, 512, 16, generator=generator).mul_(2).sub_(1)
+    blocks[:, :, 0] = 1
+    highest = maxima / torch.ones(2048).index_fill_(0, torch.arange(256, 2048), 2.0)
+    blocks *= torch.where(lower[None, :] <= highest[:, None], lower[None, :], 0.0)[..., None]
+    blocks[:, 0] = torch.rand(2048, 16, generator=generator) * maxima[:, None]
+    blocks[:, 0, 0] = maxima
+    return blocks.bfloat16()
+
+
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
+def test_global_scales_survive_requantization_whatever_the_maxima_are(scale_rule):
+    once = quantize_nvfp4(every_pair_of_maxima(), scale_rule=scale_rule)
+    again = quantize_nvfp4(once.dequantize(), scale_rule=scale_rule)
+    assert torch.equal(again.global_decode_scale, once.global_decode_scale)
+    assert torch.equal(again.dequantize(), once.dequantize())
+
+
+def test_without_its_bound_another_scale_moves_the_global_scale(monkeypatch):
+    monkeypatch.setattr(eager, "TOP_VALUE_MIN", 0.0)
+    once = quantize_nvfp4(every_pair_of_maxima(), scale_rule="mse")
+    again = quantize_nvfp4(once.dequantize(), scale_rule="mse")
+    assert not torch.equal(again.global_decode_scale, once.global_decode_scale)
+
+
+def test_other_scales_have_the_least_error_of_those_they_are_chosen_from():
+    """Against exact arithmetic, block by block, with every E4M3 scale that the rule allows."""
+    weight = torch.randn(40, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    g = Fraction(float(global_decode_scale_of_amax(global_amax(weight))))
+    scales = [Fraction(value) for value in all_normal_e4m3().float().tolist()]
+    values = [Fraction(value) for value in E2M1_MAGNITUDES]
+
+    def error(block: list[Fraction], scale: Fraction) -> Fraction:
+        return sum((abs(x) / g - values[exact_code(abs(x), scale * g)] * scale) ** 2 for x in block)
+
+    for rule in ("four_over_six", "mse"):
+        found = quantize_nvfp4(weight, scale_rule=rule)
+        for row, scale in zip(weight.tolist(), found.block_scale.float().view(-1).tolist(), strict=True):
+            block = [Fraction(x) for x in row]
+            top = max(map(abs, block))
+            first = exact_e4m3(top / 6 / g)
+            others = scales[scales.index(first) + 1 :][:5] if rule == "mse" else [exact_e4m3(top / 4 / g)]
+            allowed = [first]
+            for other in others:
+                code_max = values[exact_code(top, other * g)]
+                if code_max >= 4 and (first < 240 or code_max * other >= 1408):
+                    allowed.append(other)
+            assert error(block, Fraction(scale)) == min(error(block, other) for other in allowed)
+
+
+@pytest.mark.parametrize(("scale_rule", "share"), [("four_over_six", 0.86), ("mse", 0.8)])
+def test_choosing_scales_by_error_lessens_it(scale_rule, share):
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    errors = [
+        (fake_quantize_nvfp4(weight, scale_rule=rule).float() - weight.float()).square().sum()
+        for rule in (scale_rule, "amax")
+    ]
+    assert errors[0] < share * errors[1]
+
+
+def test_an_unknown_scale_rule_is_refused():
+    with pytest.raises(ValueError, match="`scale_rule` is one of amax, four_over_six, mse; got 'minmax'"):
+        quantize_nvfp4(torch.ones(1, 16), scale_rule="minmax")
 
 
 def test_eager_is_at_least_ten_times_faster_than_the_plain_formula():

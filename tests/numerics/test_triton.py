@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat, quantize_nvfp4
+from hf_nvfp4_qat.numerics.format import SCALE_RULES
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
 from hf_nvfp4_qat.numerics.quantize import (
     fake_quantize_unchecked,
@@ -36,13 +37,13 @@ def all_magnitudes() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
 @pytest.mark.parametrize("shape", [(1, 16), (3, 48), (257, 1040), (1024, 4096), (4, 64, 256), (2, 3, 32, 64)])
-def test_random_weights(shape, size, dtype):
+def test_random_weights(shape, size, dtype, scale_rule):
     torch.manual_seed(0)
     weight = torch.randn(shape, device="cuda", dtype=torch.float64) * size
-    assert_equals_reference(
-        weight.nan_to_num().clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else weight.to(dtype)
-    )
+    weight = weight.nan_to_num().clamp(-6e4, 6e4).to(dtype) if dtype == torch.float16 else weight.to(dtype)
+    assert_equals_reference(weight, scale_rule=scale_rule)
 
 
 def test_every_magnitude_below_many_block_maxima_of_both_signs():
@@ -54,6 +55,16 @@ def test_every_magnitude_below_many_block_maxima_of_both_signs():
         for exponent in (-20, -8, 0):
             scale = torch.tensor(2.0**exponent, device="cuda")
             assert_equals_reference(torch.cat([blocks, -blocks]), global_decode_scale=scale)
+
+
+@pytest.mark.parametrize("scale_rule", ["four_over_six", "mse"])
+def test_scales_chosen_by_error_near_every_edge(scale_rule):
+    """Blocks of sizes from below the smallest scale to the largest value, and those at the top of their matrix."""
+    torch.manual_seed(0)
+    sizes = torch.logspace(-9, 0, 4096, base=10, device="cuda")[:, None]
+    for spread in (0.1, 1.0):
+        weight = (torch.randn(4096, 256, device="cuda") * spread + 1) * sizes
+        assert_equals_reference(weight, scale_rule=scale_rule)
 
 
 def test_fp32_masters_are_rounded_to_bf16_first():

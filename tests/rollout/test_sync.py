@@ -261,7 +261,7 @@ def test_an_engine_in_another_dtype_is_refused(folder, model):
 
 
 def test_layers_left_in_bfloat16_arrive(folder):
-    model = load_qat(folder, NVFP4QATConfig(preset="ffn_only"))
+    model = load_qat(folder, NVFP4QATConfig(preset="ffn_only", bf16_first_layers=1, scale_rule="four_over_six"))
     engine = empty_engine(folder, model)
     train_a_little(model)
     sync(engine, model)

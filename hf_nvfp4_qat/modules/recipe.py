@@ -1,0 +1,48 @@
+"""Recipe: which weights become NVFP4, and how their block scales are chosen."""
+
+import re
+from dataclasses import dataclass
+
+from hf_nvfp4_qat.numerics.quantize import check_scale_rule
+
+PRESETS = ("full", "ffn_only")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What ``NVFP4QATConfig`` says about training, without what it says about saving.
+
+    Attributes:
+        preset: "full" or "ffn_only".
+        exclude: patterns of modules that stay in high precision.
+        scale_rule: how block scales are chosen, "amax", "four_over_six" or "mse".
+        bf16_first_layers, bf16_last_layers: so many decoder layers at each end stay in high precision.
+
+    Raises:
+        ValueError: a value that is not among those above.
+    """
+
+    preset: str = "full"
+    exclude: tuple[str, ...] = ()
+    scale_rule: str = "amax"
+    bf16_first_layers: int = 0
+    bf16_last_layers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"`preset` is one of {', '.join(PRESETS)}; got {self.preset!r}.")
+        check_scale_rule(self.scale_rule)
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ValueError(f"`exclude` is a list of strings; got {self.exclude!r}.")
+        for pattern in self.exclude:
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"`exclude` holds {pattern!r}, which is no regular expression: {error}.") from None
+        for name in ("bf16_first_layers", "bf16_last_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"`{name}` counts decoder layers; got {value!r}.")
+        # Lists come from JSON and from users; a frozen record keeps a tuple.
+        object.__setattr__(self, "exclude", tuple(self.exclude))
