@@ -10,7 +10,18 @@ import pytest
 import hf_nvfp4_qat
 
 PACKAGE = Path(hf_nvfp4_qat.__file__).parent
-ROOMS = ("numerics", "modules", "distributed", "checkpoint", "compat", "quantizer", "rollout", "trl_callbacks", "cli")
+ROOMS = (
+    "numerics",
+    "modules",
+    "distributed",
+    "checkpoint",
+    "compat",
+    "quantizer",
+    "distillation",
+    "rollout",
+    "trl_callbacks",
+    "cli",
+)
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

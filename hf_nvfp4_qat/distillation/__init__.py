@@ -1,0 +1,1 @@
+"""Training toward the predictions of a model in high precision (QAD)."""

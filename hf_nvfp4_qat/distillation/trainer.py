@@ -1,0 +1,151 @@
+"""QADTrainer: Transformers' Trainer, with the divergence from a teacher in high precision as its loss."""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+
+from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
+from hf_nvfp4_qat.modules.swap import qat_weights
+
+logger = logging.getLogger(__name__)
+
+Teacher = Callable[[Mapping[str, Any]], torch.Tensor]
+"""Logits ``[B, T, V]`` for a batch, on any device."""
+
+
+class QADTrainer(Trainer):
+    """Trains a model with NVFP4 weights toward the predictions of a frozen one without them: QAD.
+
+    The loss is the KL divergence of every next-token prediction, where cross entropy on the data would pull the model
+    toward the data instead: ``QADTrainer(model, teacher="path", args=..., train_dataset=...)``. Everything else is
+    Trainer's. Batches need `labels` (``DataCollatorForLanguageModeling(tokenizer, mlm=False)`` makes them); tokens
+    labelled -100 do not count.
+
+    `loss` and `eval_loss` in the logs are this loss; `kl` and `cross_entropy` come beside it, `eval_kl` and
+    `eval_cross_entropy` in evaluations; all in nats a token.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: Any = None,
+        *,
+        teacher: PreTrainedModel | Teacher | str | None = None,
+        temperature: float = 1.0,
+        cross_entropy_weight: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        """Set up.
+
+        Args:
+            model, args, kwargs: as for ``Trainer``.
+            teacher: a model with the same vocabulary, on any device, quantized or not; a function from a batch to
+                logits; a path or Hub id, loaded in bfloat16 beside the model. None loads the checkpoint that `model`
+                comes from.
+            temperature: of both softmaxes.
+            cross_entropy_weight: of the cross entropy on the labels that is added to the divergence.
+
+        Raises:
+            ValueError: `temperature` or `cross_entropy_weight` out of range, no teacher to load, or a teacher that
+                itself trains in NVFP4.
+        """
+        if temperature <= 0 or cross_entropy_weight < 0:
+            raise ValueError(
+                f"`temperature` must be positive and `cross_entropy_weight` not negative; got {temperature} and "
+                f"{cross_entropy_weight}."
+            )
+        self.temperature = temperature
+        self.cross_entropy_weight = cross_entropy_weight
+        self._teacher_logits: torch.Tensor | None = None
+        # Sums of KL and cross entropy and the number of tokens since the last log, by mode.
+        self._sums: dict[str, torch.Tensor] = {}
+        super().__init__(model, args, compute_loss_func=self._loss, **kwargs)
+        if not qat_weights(self.model):
+            logger.warning("%s has no NVFP4 weights; this is plain distillation.", type(self.model).__name__)
+        self.teacher = self._prepare_teacher(teacher)
+
+    def _prepare_teacher(self, teacher: PreTrainedModel | Teacher | str | None) -> Teacher:
+        if teacher is None:
+            teacher = getattr(self.model, "name_or_path", "")
+            if not teacher:
+                raise ValueError("The model comes from no checkpoint, so `teacher` must be given: a model, or a path.")
+        if isinstance(teacher, str):
+            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).to(self.args.device)
+        if not isinstance(teacher, nn.Module):
+            return cast(Teacher, teacher)
+        if qat_weights(teacher):
+            raise ValueError("The teacher computes with NVFP4 weights; give one in high precision.")
+        teacher.requires_grad_(False).eval()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return _ModelTeacher(self.accelerator.prepare_model(teacher, evaluation_mode=True))
+        return _ModelTeacher(teacher)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after the teacher has seen the batch.
+
+        Raises:
+            ValueError: a batch without `labels`.
+        """
+        if "labels" not in inputs:
+            raise ValueError(
+                f"Batches need `labels`, which say what tokens count; this one has {', '.join(inputs)}. "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False) makes them."
+            )
+        with torch.no_grad():
+            batch = {name: value for name, value in inputs.items() if name != "labels"}
+            self._teacher_logits = self.teacher(batch)
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self._teacher_logits = None
+
+    def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        assert self._teacher_logits is not None
+        logits = outputs["logits"]
+        loss, kl, cross_entropy = divergence(
+            logits,
+            self._teacher_logits.to(logits.device),
+            labels.to(logits.device),
+            temperature=self.temperature,
+            cross_entropy_weight=self.cross_entropy_weight,
+        )
+        num_tokens = (labels[:, 1:] != IGNORED).sum().to(logits.device)
+        mode = "train" if self.model.training else "eval"
+        sums = torch.stack([kl.double(), cross_entropy.double(), num_tokens.double()])
+        self._sums[mode] = self._sums.get(mode, 0) + sums
+        return loss / (num_tokens if num_items_in_batch is None else num_items_in_batch)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the two parts of the loss among the metrics."""
+        self._sums.pop("eval", None)
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": value for name, value in self._averages("eval").items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the two parts of the training loss beside it."""
+        super().log({**logs, **(self._averages("train") if "loss" in logs else {})}, *args, **kwargs)
+
+    def _averages(self, mode: str) -> dict[str, float]:
+        sums = self._sums.pop(mode, None)
+        if sums is None:
+            return {}
+        kl, cross_entropy, num_tokens = self.accelerator.gather(sums).view(-1, 3).sum(0).tolist()
+        return {"kl": kl / num_tokens, "cross_entropy": cross_entropy / num_tokens} if num_tokens else {}
+
+
+class _ModelTeacher:
+    """A model as a teacher: batches go to its device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        device = next(self.model.parameters()).device
+        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        return self.model(**moved, use_cache=False).logits
