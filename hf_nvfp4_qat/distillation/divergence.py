@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-# Rows of logits that are float32 at a time: 100 MB a tensor for a vocabulary of 150,000.
-_CHUNK_ROWS = 160
+# Logits that are float32 at a time: 128 MiB a tensor.
+_CHUNK_SIZE = 2**25
 
 IGNORED = -100
 """Label of tokens that do not count, as everywhere in Transformers."""
@@ -61,8 +61,9 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         kl = torch.zeros((), device=student.device)
         cross_entropy = torch.zeros((), device=student.device)
-        for start in range(0, len(student), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
+        num_rows = max(1, _CHUNK_SIZE // student.shape[-1])
+        for start in range(0, len(student), num_rows):
+            rows = slice(start, start + num_rows)
             counted = (targets[rows] != IGNORED)[:, None]
             logits = student[rows].float()
             own = torch.log_softmax(logits / temperature, dim=-1)

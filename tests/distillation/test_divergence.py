@@ -21,7 +21,7 @@ def plain(student, teacher, labels, temperature, weight):
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_value_and_gradient_are_those_of_the_formula(temperature, weight, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNK_ROWS", 7)
+    monkeypatch.setattr(module, "_CHUNK_SIZE", 7 * 50 + 1)
     torch.manual_seed(0)
     student, teacher = (torch.randn(3, 9, 50, requires_grad=True) for _ in range(2))
     labels = torch.randint(0, 50, (3, 9))

@@ -1,0 +1,233 @@
+"""How much of what 4 bits cost a model comes back, by recipe: PTQ, QAT, QAD, block scales chosen by error, ffn_only.
+
+    python examples/experiments/recovery.py                       everything in recovery.toml: CSV, table, PNG
+    python examples/experiments/recovery.py --only "QAD" --only "PTQ" --seed 0
+
+SmolLM2-135M-Instruct, trained on `reasoning-gym`'s CodeIO text (demo_data.py), with fp32 masters and, on a GPU, bf16
+autocast. Each model is saved, packed if it is quantized, decoded from the file and measured as served: the loss of
+unseen documents of the same set (held-out) and of "In the Year 2889" (out of domain), computed in float32.
+"""
+
+import csv
+import shutil
+import statistics
+import sys
+import time
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from demo_data import load_text, prepare_model
+
+from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
+from hf_nvfp4_qat.distillation.trainer import QADTrainer
+
+CONFIG = Path(__file__).with_name("recovery.toml")
+PARTS = ("held_out", "out_of_domain")
+COLUMNS = ("name", "seed", "reference", *PARTS, "minutes", "seconds_per_step", "peak_gib")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One entry of the configuration; `recipe` None trains without quantization, `teacher` None on the text."""
+
+    name: str
+    start: str
+    reference: str = ""
+    teacher: str | None = None
+    learning_rate: float | None = None
+    recipe: dict | None = None
+    distillation: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+
+    @property
+    def gap_of(self) -> str:
+        """The model in high precision that a quantized one is compared with."""
+        return "" if self.recipe is None else self.reference or self.start
+
+
+class Experiment:
+    """Base model, text, and the folders of what was made."""
+
+    def __init__(self, config: dict, base: Path, output: Path) -> None:
+        self.steps, self.batch_size = config["steps"], config["sequences_per_step"]
+        self.base, self.output = base, output
+        text = load_text(AutoTokenizer.from_pretrained(base), num_train=10**6, num_eval=200)
+        self.train_data = [{"input_ids": row, "labels": row} for row in text["train"]]
+        self.eval_data = {part: text[part] for part in PARTS}
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where a model in high precision is, or will be."""
+        return self.base if name == "base" else self.output / f"{name} {seed}".replace(" ", "_").replace(",", "")
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """Nats a token by part of the text, with the weights of a checkpoint that is not packed."""
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+        losses = {}
+        for part, tokens in self.eval_data.items():
+            batches = [batch.to(self.device) for batch in tokens.split(8)]
+            with torch.no_grad():
+                sums = [model(input_ids=batch, labels=batch).loss.double() * len(batch) for batch in batches]
+            losses[part] = float(sum(sums)) / len(tokens)
+        return losses
+
+    def evaluate_packed(self, folder: Path) -> dict[str, float]:
+        """The same of a packed checkpoint, decoded into a file first."""
+        decoded = folder.with_name(f"{folder.name}_decoded")
+        shutil.rmtree(decoded, ignore_errors=True)
+        dequantize_checkpoint(folder, decoded)
+        losses = self.evaluate(decoded)
+        shutil.rmtree(decoded)
+        return losses
+
+    def quantize(self, run: Run, seed: int) -> dict[str, float]:
+        """Post-training quantization, as served."""
+        packed = self.folder(run.name, seed)
+        shutil.rmtree(packed, ignore_errors=True)
+        assert run.recipe is not None
+        quantize_checkpoint(self.folder(run.start, seed), packed, NVFP4QATConfig(**run.recipe).recipe)
+        return self.evaluate_packed(packed)
+
+    def train(self, run: Run, seed: int) -> dict[str, float]:
+        """Train, save and measure as served."""
+        config = None if run.recipe is None else NVFP4QATConfig(**run.recipe)
+        options = {} if config is None else {"quantization_config": config}
+        model = AutoModelForCausalLM.from_pretrained(self.folder(run.start, seed), dtype=torch.float32, **options)
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(self.output / "training"), "max_steps": self.steps, "seed": seed, "data_seed": seed,
+                "per_device_train_batch_size": self.batch_size, "learning_rate": run.learning_rate,
+                "lr_scheduler_type": "cosine", "warmup_steps": self.steps // 20, "adam_beta2": 0.95,
+                "optim": "adamw_torch_fused", "bf16": self.device == "cuda", "use_cpu": self.device == "cpu",
+                "logging_steps": 50, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+                "dataloader_pin_memory": self.device == "cuda", **run.training,
+            }
+        )  # fmt: skip
+        if run.teacher is None:
+            trainer: Trainer = Trainer(model, arguments, train_dataset=self.train_data)
+        else:
+            teacher = str(self.folder(run.teacher, seed))
+            trainer = QADTrainer(model, arguments, teacher=teacher, train_dataset=self.train_data, **run.distillation)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.monotonic()
+        trainer.train()
+        seconds = time.monotonic() - started
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else float("nan")
+        found = self._save_and_evaluate(model, run, seed)
+        return {**found, "minutes": seconds / 60, "seconds_per_step": seconds / self.steps, "peak_gib": peak}
+
+    def _save_and_evaluate(self, model: PreTrainedModel, run: Run, seed: int) -> dict[str, float]:
+        folder = self.folder(run.name, seed)
+        shutil.rmtree(folder, ignore_errors=True)
+        if run.recipe is None:
+            model.to(torch.bfloat16).save_pretrained(folder)
+            return self.evaluate(folder)
+        save_nvfp4(model, folder)
+        assert verify_nvfp4(folder, model).ok
+        return self.evaluate_packed(folder)
+
+
+def summary(rows: list[dict]) -> list[list[str]]:
+    """Mean, least and most of each run's losses, and of the share of the gap that it recovers, seed by seed."""
+    by_name: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], {})[int(row["seed"])] = row
+    table = []
+    for name, by_seed in by_name.items():
+        cells = [name]
+        for part in PARTS:
+            losses, shares = [], []
+            for seed, row in by_seed.items():
+                high = by_name.get(row["reference"], {}).get(seed)
+                ptq = by_name.get("PTQ" if row["reference"] == "base" else f"{row['reference']}, PTQ", {}).get(seed)
+                losses.append(float(row[part]))
+                if high and ptq and name not in (high["name"], ptq["name"]):
+                    gap = float(ptq[part]) - float(high[part])
+                    shares.append(100 * (float(ptq[part]) - float(row[part])) / gap)
+            cells.append(_spread(losses, 4))
+            cells.append(_spread(shares, 1) if shares else "")
+        table.append(cells)
+    return table
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if max(values) == min(values) else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Share of the gap recovered, held-out and out of domain, with the range over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    table = [cells for cells in summary(rows) if cells[2]]
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(table) + 1.5))
+    for offset, column, label in ((-0.2, 2, "held-out"), (0.2, 4, "out of domain")):
+        numbers = [[float(word) for word in cells[column].replace("(", "").replace(")", "").split() if word != "to"]
+                   for cells in table]  # fmt: skip
+        means = [found[0] for found in numbers]
+        errors = [[found[0] - min(found) for found in numbers], [max(found) - found[0] for found in numbers]]
+        places = [place + offset for place in range(len(table))]
+        axes.barh(places, means, height=0.38, xerr=errors, label=label, capsize=2)
+    axes.set_yticks(range(len(table)), [cells[0] for cells in table])
+    axes.invert_yaxis()
+    axes.axvline(100, color="black", linewidth=0.8)
+    axes.set(xlabel="share of the PTQ gap recovered as served, %")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(
+    config: Annotated[Path, typer.Option()] = CONFIG,
+    output: Path = Path("recovery_output"),
+    cache: Path = Path(".cache"),
+    only: Annotated[list[str] | None, typer.Option(help="Names of runs; all by default.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Those in the configuration by default.")] = None,
+) -> None:
+    """Make every run that the CSV does not have yet, then the table and the plot."""
+    settings = tomllib.loads(config.read_text(encoding="utf-8"))
+    output.mkdir(parents=True, exist_ok=True)
+    table_file = output / "recovery.csv"
+    rows: list[dict] = list(csv.DictReader(table_file.open())) if table_file.exists() else []
+    experiment = Experiment(settings, prepare_model(cache / "SmolLM2-135M-Instruct"), output)
+    runs = [(kind, Run(**entry)) for kind in ("run", "quantized") for entry in settings.get(kind, [])]
+    base = Run("base", "base")
+    for number in seed or settings["seeds"]:
+        for kind, run in [("base", base), *runs]:
+            done = any(row["name"] == run.name and int(row["seed"]) == number for row in rows)
+            if done or (only and run.name not in (*only, "base")):
+                continue
+            same = next((row for row in rows if row["name"] == run.name), None)
+            if kind != "run" and run.start == "base" and same:
+                found = {part: same[part] for part in PARTS}  # no seed has a part in it
+            elif kind == "base":
+                found = experiment.evaluate(experiment.base)
+            else:
+                found = experiment.train(run, number) if kind == "run" else experiment.quantize(run, number)
+            rows.append({"name": run.name, "seed": number, "reference": run.gap_of, **found})
+            print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
+                  flush=True)  # fmt: skip
+            with table_file.open("w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, restval="")
+                writer.writeheader()
+                writer.writerows(rows)
+    print("| run | held-out | recovered, % | out of domain | recovered, % |\n|---|---|---|---|---|")
+    for cells in summary(rows):
+        print(f"| {' | '.join(cells)} |")
+    plot(rows, output / "recovery.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
