@@ -1,4 +1,4 @@
-"""The command line: `nvfp4-qat quantize`, `verify`, `inspect`, `dequantize`. Thin; the work is in `checkpoint/`."""
+"""The command line: `nvfp4-qat quantize`, `distill`, `verify`, `inspect`, `dequantize`. Thin; the work is elsewhere."""
 
 import json
 import sys
@@ -32,6 +32,10 @@ Source = Annotated[str, typer.Argument(help="Checkpoint directory or Hub reposit
 Destination = Annotated[Path, typer.Argument(help="Directory to write.")]
 ShardSize = Annotated[str, typer.Option(help="Largest size of one weights file.")]
 Rule = Annotated[str, typer.Option(help="How block scales are chosen: amax, four_over_six or mse.")]
+Preset = Annotated[str, typer.Option(help="full or ffn_only.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Module to leave unquantized; may be repeated.")]
+FirstLayers = Annotated[int, typer.Option(help="Decoder layers to leave unquantized at the start.")]
+LastLayers = Annotated[int, typer.Option(help="And at the end.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")]
 
 
@@ -75,11 +79,11 @@ def _refuse_occupied(destination: Path, overwrite: bool) -> None:
 def quantize(
     source: Source,
     destination: Destination,
-    preset: Annotated[str, typer.Option(help="full or ffn_only.")] = "full",
-    exclude: Annotated[list[str] | None, typer.Option(help="Module to leave unquantized; may be repeated.")] = None,
+    preset: Preset = "full",
+    exclude: Exclude = None,
     scale_rule: Rule = "amax",
-    bf16_first_layers: Annotated[int, typer.Option(help="Decoder layers to leave unquantized at the start.")] = 0,
-    bf16_last_layers: Annotated[int, typer.Option(help="And at the end.")] = 0,
+    bf16_first_layers: FirstLayers = 0,
+    bf16_last_layers: LastLayers = 0,
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
@@ -104,6 +108,76 @@ def quantize(
             progress=advance,
         )
     console.print(f"{num_layers} layers packed to {destination}", soft_wrap=True)
+
+
+@app.command()
+def distill(
+    source: Source,
+    destination: Destination,
+    text: Annotated[list[Path], typer.Option(help="Text to train on: .txt, .md, .jsonl or a folder; may be repeated.")],
+    teacher: Annotated[str, typer.Option(help="Model to learn from; SOURCE itself by default.")] = "",
+    teacher_device: Annotated[
+        str, typer.Option(help="Run the teacher in a process of its own there: cpu, cuda:1, ...")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step and device.")] = 16,
+    gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
+    sequence_length: Annotated[int, typer.Option(min=16)] = 512,
+    learning_rate: float = 2e-4,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    held_out: Annotated[int, typer.Option(min=1, help="Sequences to measure with, not trained on.")] = 16,
+    seed: int = 0,
+    preset: Preset = "full",
+    exclude: Exclude = None,
+    scale_rule: Rule = "amax",
+    bf16_first_layers: FirstLayers = 0,
+    bf16_last_layers: LastLayers = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a model's NVFP4 form to predict as the original does (QAD), and pack it."""
+    with _readable_errors():
+        from hf_nvfp4_qat.distillation.run import distill as run
+        from hf_nvfp4_qat.distillation.teacher_process import TeacherProcess
+        from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
+
+        config = NVFP4QATConfig(
+            preset=preset,
+            exclude=tuple(exclude or ()),
+            scale_rule=scale_rule,
+            bf16_first_layers=bf16_first_layers,
+            bf16_last_layers=bf16_last_layers,
+        )
+        _refuse_occupied(destination, overwrite)
+        process = TeacherProcess(teacher or source, device=teacher_device) if teacher_device else None
+        try:
+            result = run(
+                source,
+                destination,
+                text,
+                teacher=process or teacher or None,
+                config=config,
+                sequence_length=sequence_length,
+                num_held_out=held_out,
+                training={
+                    "max_steps": steps,
+                    "per_device_train_batch_size": batch_size,
+                    "gradient_accumulation_steps": gradient_accumulation,
+                    "learning_rate": learning_rate,
+                    "gradient_checkpointing": gradient_checkpointing,
+                    "seed": seed,
+                },
+            )
+        finally:
+            if process is not None:
+                process.close()
+    table = Table(title=f"{result.num_tokens:,} tokens, measured on {held_out} sequences held out")
+    for column in ("", "loss, nats a token", "KL from the teacher"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("teacher", f"{result.teacher:.4f}", "")
+    table.add_row("quantized", f"{result.before:.4f}", f"{result.kl_before:.4f}")
+    table.add_row("distilled", f"{result.after:.4f}", f"{result.kl_after:.4f}")
+    console.print(table)
+    console.print(f"{result.recovered:.0%} of what NVFP4 cost came back; packed to {destination}", soft_wrap=True)
 
 
 @app.command()

@@ -1,0 +1,61 @@
+"""Text files as token sequences of one length."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+def read_documents(paths: Sequence[Path]) -> list[str]:
+    """The documents in files and folders: a ``.txt`` or ``.md`` file is one, a line of ``.jsonl`` is one (its "text").
+
+    Raises:
+        ValueError: a file of another kind, a line without text, or nothing at all.
+    """
+    documents = [document for path in paths for document in _documents_in(path)]
+    if not any(document.strip() for document in documents):
+        raise ValueError(f"No text was found in {', '.join(map(str, paths))} ({', '.join(SUFFIXES)} files are read).")
+    return documents
+
+
+def _documents_in(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        for file in sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES):
+            yield from _documents_in(file)
+    elif not path.is_file():
+        raise ValueError(f"There is no file or folder {path}.")
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                yield json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f'Each line of {path} is a JSON object with "text"; line {number} is not.') from error
+    elif path.suffix in SUFFIXES:
+        yield path.read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"Text is read from {', '.join(SUFFIXES)} files; got {path}.")
+
+
+def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> torch.Tensor:
+    """Documents end to end, an end-of-text token after each, cut into sequences; the rest of the last is left out.
+
+    Args:
+        tokenizer: with an `eos_token_id`, or the documents follow each other without a mark.
+        documents: texts.
+        length: tokens a sequence.
+
+    Returns:
+        int64 ``[S, length]``.
+
+    Raises:
+        ValueError: not one whole sequence.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens = [token for document in documents for token in (*tokenizer(document).input_ids, *end)]
+    if len(tokens) < length:
+        raise ValueError(f"The text has {len(tokens)} tokens, fewer than one sequence of {length}. Give more text.")
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)

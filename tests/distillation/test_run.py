@@ -1,0 +1,90 @@
+"""`nvfp4-qat distill`: text in, a packed checkpoint out that is closer to the original than quantization alone."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_qwen3
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_callbacks.test_callback import byte_tokenizer
+from typer.testing import CliRunner
+
+from hf_nvfp4_qat import NVFP4QATConfig, verify_nvfp4
+from hf_nvfp4_qat.cli import app
+from hf_nvfp4_qat.distillation.run import distill
+from hf_nvfp4_qat.distillation.text import read_documents, sequences
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source")
+    tiny_qwen3(vocab_size=512, initializer_range=0.15).to(torch.bfloat16).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text")
+    (path / "more").mkdir()
+    (path / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    lines = [json.dumps({"text": f"{number} plus {number} is {2 * number}. "}) for number in range(400)]
+    (path / "more" / "b.jsonl").write_text("\n".join(lines))
+    (path / "more" / "c.bin").write_bytes(b"\x00")
+    return path
+
+
+def test_distil_brings_back_part_of_the_loss_and_saves_what_it_trained(source, text, tmp_path):
+    result = distill(
+        source, tmp_path / "out", [text], config=NVFP4QATConfig(scale_rule="four_over_six"), sequence_length=64,
+        training={"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 3e-4, "disable_tqdm": True},
+    )  # fmt: skip
+    assert result.num_tokens == 60 * 8 * 64
+    assert result.kl_after < 0.8 * result.kl_before
+    assert result.recovered == pytest.approx((result.before - result.after) / (result.before - result.teacher))
+    assert verify_nvfp4(tmp_path / "out").ok
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    tokens = sequences(AutoTokenizer.from_pretrained(tmp_path / "out"), read_documents([text]), 64)[-16:]
+    with torch.no_grad():
+        losses = [model(input_ids=tokens, labels=tokens).loss.item() for model in (served, original)]
+    assert losses[0] == pytest.approx(result.after, rel=2e-3)  # computed in bfloat16, there in float32
+    assert losses[1] == pytest.approx(result.teacher, rel=2e-3)
+
+
+def test_the_command_prints_what_came_back(source, text, tmp_path):
+    arguments = ["distill", source, tmp_path / "out", "--text", text, "--steps", 3, "--batch-size", 2]
+    options = ["--sequence-length", 32, "--teacher-device", "cpu", "--bf16-last-layers", 1, "--held-out", 4]
+    result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, *options]])
+    assert result.exit_code == 0, result.output
+    assert (
+        "192 tokens, measured on 4 sequences held out" in result.output and "of what NVFP4 cost came" in result.output
+    )
+    assert verify_nvfp4(tmp_path / "out").ok
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "model.layers.1.mlp.up_proj" in ignored and "model.layers.0.mlp.up_proj" not in ignored
+
+
+def test_text_is_read_from_files_and_folders(text):
+    documents = read_documents([text, text / "a.txt"])
+    assert len(documents) == 402 and documents[0] == documents[-1]
+    tokenizer = byte_tokenizer()
+    a, b, c = tokenizer("abc").input_ids
+    assert sequences(tokenizer, ["ab", "c"], 2).tolist() == [[a, b], [tokenizer.eos_token_id, c]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: [path / "nothing.txt"], "There is no file or folder"),
+        (lambda path: [path], "No text was found in"),
+        (lambda path: [(path / "x.bin", (path / "x.bin").write_bytes(b"1"))[0]], "Text is read from .txt, .md, .jsonl"),
+        (lambda path: [(path / "x.jsonl", (path / "x.jsonl").write_text('{"a": 1}'))[0]], "line 1 is not"),
+        (lambda path: [(path / "x.txt", (path / "x.txt").write_text("few"))[0]], "fewer than one sequence of 64"),
+        (lambda path: [(path / "x.txt", (path / "x.txt").write_text("a b " * 100))[0]], "and 16 are held out"),
+    ],
+)
+def test_bad_text_is_refused_before_anything_is_loaded_for_training(make, message, source, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        distill(source, tmp_path / "out", make(tmp_path), sequence_length=64)
+    assert not (tmp_path / "out").exists()
