@@ -1,4 +1,4 @@
-"""The command line: `nvfp4-qat quantize`, `distill`, `verify`, `inspect`, `dequantize`. Thin; the work is elsewhere."""
+"""The command line: `nvfp4-qat quantize`, `distill`, `sensitivity`, `verify`, `inspect`, `dequantize`."""
 
 import json
 import sys
@@ -34,6 +34,7 @@ ShardSize = Annotated[str, typer.Option(help="Largest size of one weights file."
 Rule = Annotated[str, typer.Option(help="How block scales are chosen: amax, four_over_six or mse.")]
 Preset = Annotated[str, typer.Option(help="full or ffn_only.")]
 Exclude = Annotated[list[str] | None, typer.Option(help="Module to leave unquantized; may be repeated.")]
+ExcludeFrom = Annotated[Path | None, typer.Option(help="JSON list of such modules, as `sensitivity` writes it.")]
 FirstLayers = Annotated[int, typer.Option(help="Decoder layers to leave unquantized at the start.")]
 LastLayers = Annotated[int, typer.Option(help="And at the end.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")]
@@ -75,12 +76,23 @@ def _refuse_occupied(destination: Path, overwrite: bool) -> None:
             )
 
 
+def _excluded(patterns: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    if file is None:
+        return tuple(patterns or ())
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--exclude-from takes a JSON list of module names; {file} is not JSON ({error}).") from error
+    return (*(patterns or ()), *listed)
+
+
 @app.command()
 def quantize(
     source: Source,
     destination: Destination,
     preset: Preset = "full",
     exclude: Exclude = None,
+    exclude_from: ExcludeFrom = None,
     scale_rule: Rule = "amax",
     bf16_first_layers: FirstLayers = 0,
     bf16_last_layers: LastLayers = 0,
@@ -94,7 +106,7 @@ def quantize(
 
         config = NVFP4QATConfig(
             preset=preset,
-            exclude=tuple(exclude or ()),
+            exclude=_excluded(exclude, exclude_from),
             scale_rule=scale_rule,
             bf16_first_layers=bf16_first_layers,
             bf16_last_layers=bf16_last_layers,
@@ -129,6 +141,7 @@ def distill(
     seed: int = 0,
     preset: Preset = "full",
     exclude: Exclude = None,
+    exclude_from: ExcludeFrom = None,
     scale_rule: Rule = "amax",
     bf16_first_layers: FirstLayers = 0,
     bf16_last_layers: LastLayers = 0,
@@ -142,7 +155,7 @@ def distill(
 
         config = NVFP4QATConfig(
             preset=preset,
-            exclude=tuple(exclude or ()),
+            exclude=_excluded(exclude, exclude_from),
             scale_rule=scale_rule,
             bf16_first_layers=bf16_first_layers,
             bf16_last_layers=bf16_last_layers,
@@ -178,6 +191,53 @@ def distill(
     table.add_row("distilled", f"{result.after:.4f}", f"{result.kl_after:.4f}")
     console.print(table)
     console.print(f"{result.recovered:.0%} of what NVFP4 cost came back; packed to {destination}", soft_wrap=True)
+
+
+@app.command()
+def sensitivity(
+    source: Source,
+    text: Annotated[
+        list[Path], typer.Option(help="Text to measure on: .txt, .md, .jsonl or a folder; may be repeated.")
+    ],
+    num_sequences: Annotated[int, typer.Option("--sequences", min=1)] = 8,
+    sequence_length: Annotated[int, typer.Option(min=16)] = 512,
+    scale_rule: Rule = "amax",
+    leave_out: Annotated[int, typer.Option(min=0, help="So many of the costliest groups go into --output.")] = 4,
+    output: Annotated[Path | None, typer.Option(help="Write an exclude list for --exclude-from to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Rank layers by what they cost when they alone are quantized, and write an exclude list."""
+    with _readable_errors(), _progress_bar() as advance:
+        from hf_nvfp4_qat.distillation.sensitivity import sensitivity as measure
+        from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
+
+        config = NVFP4QATConfig(scale_rule=scale_rule)
+        ranked = measure(
+            source,
+            text,
+            config=config,
+            sequence_length=sequence_length,
+            num_sequences=num_sequences,
+            progress=advance,
+        )
+        if output is not None:
+            excluded = [module for entry in ranked[:leave_out] for module in entry.modules]
+            output.write_text(json.dumps(excluded, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        json.dump([asdict(entry) for entry in ranked], sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return
+    table = Table(title=f"{len(ranked)} groups of layers, each quantized alone")
+    table.add_column("layers", no_wrap=True)
+    for column in ("parameters", "loss, nats a token", "KL, nats a token"):
+        table.add_column(column, justify="right")
+    for entry in ranked:
+        first, *others = entry.modules
+        names = ", ".join([first, *(module.rpartition(".")[2] for module in others)])
+        table.add_row(names, f"{entry.num_parameters:,}", f"{entry.loss:+.5f}", f"{entry.kl:.5f}")
+    console.print(table)
+    if output is not None:
+        console.print(f"{len(excluded)} layers of the costliest {leave_out} groups in {output}", soft_wrap=True)
 
 
 @app.command()

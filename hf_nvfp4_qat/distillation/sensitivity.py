@@ -1,0 +1,142 @@
+"""Which layers cost the most when they alone are quantized."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
+from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
+from hf_nvfp4_qat.distillation.text import read_documents, sequences
+from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What quantizing one group of layers alone costs.
+
+    Attributes:
+        modules: paths of the layers; those that vLLM fuses are quantized or left alone together.
+        num_parameters: of their weights.
+        loss: by how much the cross entropy rises, in nats a token. Small ones may be negative.
+        kl: divergence of the predictions from those of the model in high precision, in nats a token.
+    """
+
+    modules: tuple[str, ...]
+    num_parameters: int
+    loss: float
+    kl: float
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    *,
+    batch_size: int = 4,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[Sensitivity]:
+    """Quantize one group of layers after the other, and compare the model's predictions with its own without NVFP4.
+
+    Args:
+        model: a QAT model with a language model's head.
+        tokens: int64 ``[S, T]`` to predict, on any device.
+        batch_size: sequences at a time.
+        progress: called after each forward.
+
+    Returns:
+        One entry a group, the largest divergence first.
+
+    Raises:
+        ValueError: a model without NVFP4 weights.
+    """
+    weights = qat_weights(model)
+    if not weights:
+        raise ValueError(f"{type(model).__name__} has no NVFP4 weights, so nothing can be ranked.")
+    groups: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        # The weights of an experts module have scales of their own, but are excluded together.
+        is_experts = weight.weight.ndim == 3
+        groups.setdefault(name.rpartition(".")[0] if is_experts else weight.scale_group, []).append(name)
+    sums = torch.zeros(len(groups), 2, dtype=torch.float64)
+    num_tokens = 0
+    was_training = model.training
+    device = next(model.parameters()).device
+    batches = [batch.to(device) for batch in tokens.split(batch_size)]
+    model.eval()
+    try:
+        for number, batch in enumerate(batches):
+            with torch.no_grad():
+                with _quantized_only(model, ()):
+                    reference = model(input_ids=batch).logits
+                base = divergence(reference, reference, batch)[2]
+                for place, names in enumerate(groups.values()):
+                    with _quantized_only(model, names):
+                        logits = model(input_ids=batch).logits
+                    _, kl, cross_entropy = divergence(logits, reference, batch)
+                    sums[place] += torch.stack([cross_entropy - base, kl]).cpu()
+                    progress("measuring", number * len(groups) + place + 1, len(batches) * len(groups))
+            num_tokens += int((batch[:, 1:] != IGNORED).sum())
+    finally:
+        model.train(was_training)
+    found = [
+        Sensitivity(
+            modules=tuple(dict.fromkeys(name.rpartition(".")[0] for name in names)),
+            num_parameters=sum(weights[name].weight.numel() for name in names),
+            loss=float(loss) / num_tokens,
+            kl=float(kl) / num_tokens,
+        )
+        for names, (loss, kl) in zip(groups.values(), sums.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda entry: -entry.kl)
+
+
+@contextmanager
+def _quantized_only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Compute with NVFP4 values of the weights `names` alone, and with the others as they are."""
+    weights = qat_weights(model)
+    before = {name: weight.weight_is_fake_quantized for name, weight in weights.items()}
+    for name, weight in weights.items():
+        weight.weight_is_fake_quantized = name not in names
+    try:
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.weight_is_fake_quantized = before[name]
+
+
+def sensitivity(
+    source: str | os.PathLike,
+    text: Sequence[Path],
+    *,
+    config: NVFP4QATConfig | None = None,
+    sequence_length: int = 512,
+    num_sequences: int = 8,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[Sensitivity]:
+    """``measure_sensitivity`` of a checkpoint in high precision, computed in bfloat16 on a GPU and float32 on a CPU.
+
+    Args:
+        source: directory or Hub id.
+        text: files and folders of ``read_documents``; the first sequences are used.
+        config: what would be quantized, and how.
+        sequence_length, num_sequences: how much of the text.
+        progress: called after each forward.
+
+    Raises:
+        ValueError: no text, or fewer tokens than one sequence.
+    """
+    directory = resolve_checkpoint(source)
+    tokens = sequences(AutoTokenizer.from_pretrained(directory), read_documents(text), sequence_length)
+    on_gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+        quantization_config=config or NVFP4QATConfig(),
+    ).to("cuda" if on_gpu else "cpu")
+    return measure_sensitivity(model, tokens[:num_sequences], progress=progress)
