@@ -1,0 +1,259 @@
+"""Reinforcement learning with 4-bit rollouts: BF16, NVFP4 rollouts without QAT, QAT, QAT of feed-forward layers alone.
+
+    python examples/experiments/grpo.py                           every kind and seed of grpo.toml, table, plot
+    python examples/experiments/grpo.py --kind QAT --seed 0
+
+Each run is a process of its own: GRPO (TRL, vLLM in the training process) from the same warmed-up model, with fp32
+masters and bf16 autocast. Logged per step: reward, mismatch KL between sampler and trainer, entropy, completion
+length. At the end the engine, which has the weights that are served, answers held-out problems greedily.
+"""
+
+import csv
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import MethodType
+from typing import Annotated
+
+import torch
+import typer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+CONFIG = Path(__file__).with_name("grpo.toml")
+LOGGED = {
+    "reward": "rewards/correct/mean",
+    "mismatch_kl": "nvfp4/mismatch_kl",
+    "entropy": "entropy",
+    "length": "completions/mean_length",
+    "seconds": "step_time",
+}
+
+
+def problems(task: dict, size: int, seed: int) -> list[dict]:
+    """Chat prompts with their answers."""
+    import reasoning_gym
+    from grpo_qat_vllm import INSTRUCTION
+
+    options = {name: value for name, value in task.items() if name != "name"}
+    return [
+        {"prompt": [{"role": "user", "content": f"{entry['question']}\n{INSTRUCTION}"}], "answer": entry["answer"]}
+        for entry in reasoning_gym.create_dataset(task["name"], size=size, seed=seed, **options)
+    ]
+
+
+def warm_up(settings: dict, base: Path, folder: Path) -> None:
+    """Teach the form of the task with a few supervised steps; every run starts from the result."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    if folder.exists():
+        return
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
+    options = settings["warm_up"]
+    examples = problems(settings["task"], options["steps"] * options["batch_size"], seed=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
+    for step in range(options["steps"]):
+        rows, masks = [], []
+        for example in examples[step * options["batch_size"] : (step + 1) * options["batch_size"]]:
+            prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
+            answer = tokenizer(str(example["answer"])).input_ids + [tokenizer.eos_token_id]
+            rows.append(torch.tensor(prompt + answer))
+            masks.append(torch.tensor([-100] * len(prompt) + answer))
+        ids = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.eos_token_id).to(device)
+        labels = torch.nn.utils.rnn.pad_sequence(masks, True, -100).to(device)
+        with torch.autocast(device, torch.bfloat16):
+            model(input_ids=ids, labels=labels).loss.backward()  # padding is on the right, and does not count
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None:
+    """One training; writes `<kind> <seed>.csv` and its score."""
+    from datasets import Dataset
+    from grpo_qat_vllm import brief, correct
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from trl import GRPOConfig, GRPOTrainer
+
+    from hf_nvfp4_qat import NVFP4QATConfig, NVFP4RolloutCallback
+    from hf_nvfp4_qat.modules.linear import QATLinear
+    from hf_nvfp4_qat.trl_callbacks.metrics import record_mismatch
+
+    set_seed(seed)
+    options = settings["kinds"][kind]
+    recipe = options.get("recipe")
+    on_gpu = torch.cuda.is_available()
+    model = AutoModelForCausalLM.from_pretrained(
+        start, dtype=torch.float32, quantization_config=None if recipe is None else NVFP4QATConfig(**recipe)
+    )
+    if not options.get("fake_quantize", True):
+        for layer in model.modules():
+            if isinstance(layer, QATLinear):
+                # What one gets from quantizing the rollouts alone: the trainer computes with other weights.
+                layer.forward = MethodType(torch.nn.Linear.forward, layer)
+    size = settings["training"]["max_steps"] * settings["training"]["per_device_train_batch_size"]
+    trainer = GRPOTrainer(
+        model,
+        reward_funcs=[correct, brief],
+        args=GRPOConfig(
+            **{
+                "output_dir": str(output / "training"), "use_vllm": True, "bf16": on_gpu, "use_cpu": not on_gpu,
+                "seed": seed, "logging_steps": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+                **settings["training"],
+            }
+        ),
+        train_dataset=Dataset.from_list(problems(settings["task"], size, seed=seed)),
+        processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
+        callbacks=[] if recipe is None else [NVFP4RolloutCallback(engine_kwargs=settings.get("engine", {}))],
+    )  # fmt: skip
+    if recipe is None:
+        record_mismatch(trainer)
+    trainer.train()
+    trainer.vllm_generation.sync_weights()
+    score = accuracy(trainer, problems(settings["task"], settings["held_out"], seed=2000))
+    with (output / f"{file_name(kind, seed)}.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["step", *LOGGED])
+        writer.writeheader()
+        for entry in trainer.state.log_history:
+            if LOGGED["reward"] in entry:
+                values = {name: entry.get(key, "") for name, key in LOGGED.items()}
+                writer.writerow({"step": entry["step"], **values})
+    (output / f"{file_name(kind, seed)}.json").write_text(
+        json.dumps({"kind": kind, "seed": seed, "score": score}) + "\n"
+    )
+
+
+def accuracy(trainer, held_out: list[dict]) -> float:
+    """Share of problems that the engine answers correctly, greedily, with the weights it was pushed last."""
+    from grpo_qat_vllm import last_number
+    from vllm import SamplingParams
+
+    tokenizer = trainer.processing_class
+    prompts = [
+        {
+            "prompt_token_ids": tokenizer.apply_chat_template(
+                row["prompt"], add_generation_prompt=True, return_dict=False
+            )
+        }
+        for row in held_out
+    ]
+    parameters = SamplingParams(temperature=0, max_tokens=trainer.args.max_completion_length)
+    outputs = trainer.vllm_generation.llm.generate(prompts, parameters, use_tqdm=False)
+    given = [last_number(tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)) for output in outputs]
+    right = [number == float(row["answer"]) for number, row in zip(given, held_out, strict=True)]
+    return sum(right) / len(right)
+
+
+def file_name(kind: str, seed: int) -> str:
+    """Of a run's results, without ending."""
+    return f"{kind} {seed}".replace(" ", "_").replace(",", "")
+
+
+def read(output: Path, settings: dict) -> dict[str, list[tuple[float, list[dict]]]]:
+    """(score, rows) of each finished run, by kind."""
+    found: dict[str, list[tuple[float, list[dict]]]] = {}
+    for kind in settings["kinds"]:
+        for seed in settings["seeds"]:
+            scores = output / f"{file_name(kind, seed)}.json"
+            if scores.exists():
+                rows = list(csv.DictReader(scores.with_suffix(".csv").open()))
+                found.setdefault(kind, []).append((json.loads(scores.read_text())["score"], rows))
+    return found
+
+
+def table(found: dict[str, list[tuple[float, list[dict]]]]) -> None:
+    """Means over all steps and over the last 20, seed by seed."""
+    header = ("", "score as served", "reward, last 20 steps", "mismatch KL, mean", "largest", "entropy", "length")
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+    for kind, runs in found.items():
+
+        def each(column: str, how, runs=runs) -> str:
+            return ", ".join(how([float(row[column]) for row in rows if row[column]]) for _, rows in runs)
+
+        last = [lambda values, digits=digits: f"{statistics.mean(values[-20:]):.{digits}f}" for digits in (3, 3, 1)]
+        cells = [
+            ", ".join(f"{score:.3f}" for score, _ in runs),
+            each("reward", last[0]),
+            each("mismatch_kl", lambda values: f"{statistics.mean(values):.5f}"),
+            each("mismatch_kl", lambda values: f"{max(values):.5f}"),
+            each("entropy", last[1]),
+            each("length", last[2]),
+        ]
+        print(f"| {kind} | {' | '.join(cells)} |")
+
+
+def plot(found: dict[str, list[tuple[float, list[dict]]]], path: Path) -> None:
+    """Reward, mismatch KL, entropy and completion length by step, a line a seed, smoothed over 5 steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {"reward": "share of right answers", "mismatch_kl": "mismatch KL, nats a token", "entropy": "entropy",
+              "length": "completion length, tokens"}  # fmt: skip
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 7))
+    for (column, title), axes in zip(titles.items(), grid.flat, strict=True):
+        for number, (kind, runs) in enumerate(found.items()):
+            for index, (_, rows) in enumerate(runs):
+                values = [float(row[column]) for row in rows if row[column]]
+                smooth = [statistics.mean(values[max(0, place - 4) : place + 1]) for place in range(len(values))]
+                axes.plot(smooth, color=f"C{number}", alpha=0.8, label=kind if index == 0 else None)
+        axes.set(title=title, xlabel="step", yscale="log" if column == "mismatch_kl" else "linear")
+        axes.grid(alpha=0.3)
+    grid.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(
+    config: Annotated[Path, typer.Option()] = CONFIG,
+    output: Path = Path("grpo_output"),
+    cache: Path = Path(".cache"),
+    kind: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Those in the configuration by default.")] = None,
+    here: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Make every run that has no result yet, each in a process of its own, then the table and the plot."""
+    from demo_data import prepare_model
+
+    settings = tomllib.loads(config.read_text(encoding="utf-8"))
+    output.mkdir(parents=True, exist_ok=True)
+    start = output / "warm"
+    if here:
+        assert kind and seed
+        run(settings, kind[0], seed[0], start, output)
+        return
+    warm_up(settings, prepare_model(cache / "SmolLM2-135M-Instruct"), start)
+    for number in seed or settings["seeds"]:
+        for name in kind or settings["kinds"]:
+            if (output / f"{file_name(name, number)}.json").exists():
+                continue
+            began = time.monotonic()
+            command = [sys.executable, __file__, "--here", "--config", config, "--output", output]
+            command += ["--cache", cache, "--kind", name, "--seed", str(number)]
+            environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+            log = output / f"{file_name(name, number)}.log"
+            with log.open("w") as file:
+                done = subprocess.run(list(map(str, command)), env=environment, stdout=file, stderr=file)
+            print(f"{name}, seed {number}: exit {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+            if done.returncode:
+                print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), flush=True)
+    shutil.rmtree(output / "training", ignore_errors=True)
+    if found := read(output, settings):
+        table(found)
+        plot(found, output / "grpo.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
