@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from hf_nvfp4_qat.distributed.fsdp_callback import NVFP4FSDPCallback
     from hf_nvfp4_qat.distributed.fsdp_plugin import NVFP4FSDPPlugin
 
+    # Distillation: toward the predictions of a model in high precision
+    from hf_nvfp4_qat.distillation.trainer import QADTrainer
+
     # Rollouts: packed weights into vLLM before each generation
     from hf_nvfp4_qat.trl_callbacks.callback import NVFP4RolloutCallback
 
@@ -36,6 +39,7 @@ __all__ = [
     "NVFP4QATConfig",
     "NVFP4RolloutCallback",
     "NVFP4Tensor",
+    "QADTrainer",
     "coverage",
     "fake_quantize_nvfp4",
     "load_nvfp4",
@@ -52,6 +56,7 @@ _LAZY = {
     "NVFP4FSDPCallback": "hf_nvfp4_qat.distributed.fsdp_callback",
     "NVFP4FSDPPlugin": "hf_nvfp4_qat.distributed.fsdp_plugin",
     "NVFP4RolloutCallback": "hf_nvfp4_qat.trl_callbacks.callback",
+    "QADTrainer": "hf_nvfp4_qat.distillation.trainer",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -76,14 +76,25 @@ def _refuse_occupied(destination: Path, overwrite: bool) -> None:
             )
 
 
-def _excluded(patterns: list[str] | None, file: Path | None) -> tuple[str, ...]:
-    if file is None:
-        return tuple(patterns or ())
-    try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--exclude-from takes a JSON list of module names; {file} is not JSON ({error}).") from error
-    return (*(patterns or ()), *listed)
+def _config(
+    preset: str, exclude: list[str] | None, exclude_from: Path | None, scale_rule: str, num_first: int, num_last: int
+) -> Any:
+    """The options that several commands share, as an ``NVFP4QATConfig``."""
+    from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
+
+    listed = []
+    if exclude_from is not None:
+        try:
+            listed = json.loads(exclude_from.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--exclude-from takes a JSON list of modules; {exclude_from}: {error}.") from error
+    return NVFP4QATConfig(
+        preset=preset,
+        exclude=(*(exclude or ()), *listed),
+        scale_rule=scale_rule,
+        bf16_first_layers=num_first,
+        bf16_last_layers=num_last,
+    )
 
 
 @app.command()
@@ -102,15 +113,8 @@ def quantize(
     """Post-training quantization: pack an unquantized safetensors checkpoint to NVFP4 (W4A16)."""
     with _readable_errors(), _progress_bar() as advance:
         from hf_nvfp4_qat.checkpoint.convert import quantize_checkpoint
-        from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
-        config = NVFP4QATConfig(
-            preset=preset,
-            exclude=_excluded(exclude, exclude_from),
-            scale_rule=scale_rule,
-            bf16_first_layers=bf16_first_layers,
-            bf16_last_layers=bf16_last_layers,
-        )
+        config = _config(preset, exclude, exclude_from, scale_rule, bf16_first_layers, bf16_last_layers)
         _refuse_occupied(destination, overwrite)
         num_layers = quantize_checkpoint(
             source,
@@ -151,15 +155,8 @@ def distill(
     with _readable_errors():
         from hf_nvfp4_qat.distillation.run import distill as run
         from hf_nvfp4_qat.distillation.teacher_process import TeacherProcess
-        from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
-        config = NVFP4QATConfig(
-            preset=preset,
-            exclude=_excluded(exclude, exclude_from),
-            scale_rule=scale_rule,
-            bf16_first_layers=bf16_first_layers,
-            bf16_last_layers=bf16_last_layers,
-        )
+        config = _config(preset, exclude, exclude_from, scale_rule, bf16_first_layers, bf16_last_layers)
         _refuse_occupied(destination, overwrite)
         process = TeacherProcess(teacher or source, device=teacher_device) if teacher_device else None
         try:
