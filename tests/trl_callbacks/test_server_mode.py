@@ -95,11 +95,11 @@ def test_after_a_failure_half_way_the_transfer_ends_and_the_server_is_not_asked(
     trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **server)
     pack, calls = stream_module.quantize_unchecked, []
 
-    def failing(*args):
+    def failing(*args, **kwargs):
         calls.append(1)
         if len(calls) == 5:
             raise OSError("out of memory")
-        return pack(*args)
+        return pack(*args, **kwargs)
 
     monkeypatch.setattr(stream_module, "quantize_unchecked", failing)
     with pytest.raises(RuntimeError, match="failed half-way: OSError: out of memory"):
