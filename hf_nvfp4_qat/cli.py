@@ -119,7 +119,7 @@ def quantize(
         num_layers = quantize_checkpoint(
             source,
             destination,
-            config.recipe,
+            config,
             max_shard_size=max_shard_size,
             progress=advance,
         )

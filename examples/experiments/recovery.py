@@ -93,7 +93,7 @@ class Experiment:
         packed = self.folder(run.name, seed)
         shutil.rmtree(packed, ignore_errors=True)
         assert run.recipe is not None
-        quantize_checkpoint(self.folder(run.start, seed), packed, NVFP4QATConfig(**run.recipe).recipe)
+        quantize_checkpoint(self.folder(run.start, seed), packed, NVFP4QATConfig(**run.recipe))
         return self.evaluate_packed(packed)
 
     def train(self, run: Run, seed: int) -> dict[str, float]:

@@ -1,25 +1,22 @@
 """Recipe: which weights become NVFP4, and how their block scales are chosen."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import FrozenInstanceError, dataclass, fields
+from typing import Any
 
 from hf_nvfp4_qat.numerics.quantize import check_scale_rule
 
 PRESETS = ("full", "ffn_only")
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Recipe:
-    """What ``NVFP4QATConfig`` says about training, without what it says about saving.
+    """What ``NVFP4QATConfig`` says about training, without what it says about saving. Cannot be changed.
 
-    Attributes:
-        preset: "full" or "ffn_only".
-        exclude: patterns of modules that stay in high precision.
-        scale_rule: how block scales are chosen, "amax", "four_over_six" or "mse".
-        bf16_first_layers, bf16_last_layers: so many decoder layers at each end stay in high precision.
+    Attributes: as documented there.
 
     Raises:
-        ValueError: a value that is not among those above.
+        ValueError: a value that is not among those documented.
     """
 
     preset: str = "full"
@@ -46,3 +43,9 @@ class Recipe:
                 raise ValueError(f"`{name}` counts decoder layers; got {value!r}.")
         # Lists come from JSON and from users; a frozen record keeps a tuple.
         object.__setattr__(self, "exclude", tuple(self.exclude))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Frozen by hand: the configuration is also a dataclass of Transformers, which a frozen one may not inherit.
+        if name in self.__dict__ or name not in {field.name for field in fields(self)}:
+            raise FrozenInstanceError(f"{type(self).__name__} is frozen; make another one to change `{name}`.")
+        super().__setattr__(name, value)

@@ -1,7 +1,7 @@
 """NVFP4QATConfig: what a user says about a model, and what config.json remembers of it."""
 
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from transformers.quantizers import register_quantization_config
@@ -16,7 +16,7 @@ QUANT_METHOD = "nvfp4_qat"
 
 
 @dataclass(unsafe_hash=True)
-class NVFP4QATConfig(QuantizationConfigMixin):
+class NVFP4QATConfig(Recipe, QuantizationConfigMixin):
     """Train a model with NVFP4 weights (W4A16): ``from_pretrained(..., quantization_config=NVFP4QATConfig())``.
 
     Attributes:
@@ -34,11 +34,6 @@ class NVFP4QATConfig(QuantizationConfigMixin):
         ValueError: a value that is not among those above.
     """
 
-    preset: str = "full"
-    exclude: tuple[str, ...] = ()
-    scale_rule: str = "amax"
-    bf16_first_layers: int = 0
-    bf16_last_layers: int = 0
     save_format: str = "auto"
 
     quant_method: ClassVar[str] = QUANT_METHOD
@@ -46,18 +41,7 @@ class NVFP4QATConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         if self.save_format not in SAVE_FORMATS:
             raise ValueError(f"`save_format` is one of {', '.join(SAVE_FORMATS)}; got {self.save_format!r}.")
-        object.__setattr__(self, "exclude", self.recipe.exclude)
-
-    @property
-    def recipe(self) -> Recipe:
-        """All but `save_format`."""
-        return Recipe(**{field.name: getattr(self, field.name) for field in fields(Recipe)})
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Frozen by hand: upstream's base is a dataclass that is not frozen, and a frozen one cannot inherit from it.
-        if name in self.__dict__ or name not in {field.name for field in fields(self)}:
-            raise FrozenInstanceError(f"NVFP4QATConfig is frozen; make another one to change `{name}`.")
-        super().__setattr__(name, value)
+        super().__post_init__()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -48,7 +48,7 @@ class NVFP4QATHfQuantizer(HfQuantizer):
         return weight_conversions
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        swap_linears(model, self.quantization_config.recipe, output_embedding=model.get_output_embeddings())
+        swap_linears(model, self.quantization_config, output_embedding=model.get_output_embeddings())
         check_expert_names(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -98,7 +98,7 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
     config = config or NVFP4QATConfig()
     _refuse_quantized(model)
     if not isinstance(model, PreTrainedModel):
-        swap_linears(model, config.recipe)
+        swap_linears(model, config)
         refresh_global_scales(model)
         _refuse_adapters_from_now_on()
         return model
