@@ -1,6 +1,7 @@
 """How much of what 4 bits cost a model comes back, by recipe: PTQ, QAT, QAD, block scales chosen by error, ffn_only.
 
     python examples/experiments/recovery.py                       everything in recovery.toml: CSV, table, PNG
+    python examples/experiments/recovery.py --workers 4           four runs at a time, on one GPU
     python examples/experiments/recovery.py --only "QAD" --only "PTQ" --seed 0
 
 SmolLM2-135M-Instruct, trained on `reasoning-gym`'s CodeIO text (demo_data.py), with fp32 masters and, on a GPU, bf16
@@ -9,11 +10,13 @@ unseen documents of the same set (held-out) and of "In the Year 2889" (out of do
 """
 
 import csv
+import multiprocessing
 import shutil
 import statistics
 import sys
 import time
 import tomllib
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -103,7 +106,7 @@ class Experiment:
         model = AutoModelForCausalLM.from_pretrained(self.folder(run.start, seed), dtype=torch.float32, **options)
         arguments = TrainingArguments(
             **{
-                "output_dir": str(self.output / "training"), "max_steps": self.steps, "seed": seed, "data_seed": seed,
+                "output_dir": str(self.folder(run.name, seed)) + "_training", "max_steps": self.steps, "seed": seed, "data_seed": seed,
                 "per_device_train_batch_size": self.batch_size, "learning_rate": run.learning_rate,
                 "lr_scheduler_type": "cosine", "warmup_steps": self.steps // 20, "adam_beta2": 0.95,
                 "optim": "adamw_torch_fused", "bf16": self.device == "cuda", "use_cpu": self.device == "cpu",
@@ -189,40 +192,71 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+_experiment: Experiment | None = None
+"""Of this process, where runs are made."""
+
+
+def _start_worker(config: Path, base: Path, output: Path) -> None:
+    global _experiment
+    _experiment = Experiment(tomllib.loads(config.read_text(encoding="utf-8")), base, output)
+
+
+def _make(run: Run, seed: int) -> dict[str, float]:
+    assert _experiment is not None
+    if run.name == "base":
+        return _experiment.evaluate(_experiment.base)
+    return _experiment.quantize(run, seed) if run.learning_rate is None else _experiment.train(run, seed)
+
+
 def main(
     config: Annotated[Path, typer.Option()] = CONFIG,
     output: Path = Path("recovery_output"),
     cache: Path = Path(".cache"),
     only: Annotated[list[str] | None, typer.Option(help="Names of runs; all by default.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Those in the configuration by default.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; their step times mean little if more.")] = 1,
 ) -> None:
     """Make every run that the CSV does not have yet, then the table and the plot."""
     settings = tomllib.loads(config.read_text(encoding="utf-8"))
     output.mkdir(parents=True, exist_ok=True)
     table_file = output / "recovery.csv"
     rows: list[dict] = list(csv.DictReader(table_file.open())) if table_file.exists() else []
-    experiment = Experiment(settings, prepare_model(cache / "SmolLM2-135M-Instruct"), output)
-    runs = [(kind, Run(**entry)) for kind in ("run", "quantized") for entry in settings.get(kind, [])]
-    base = Run("base", "base")
-    for number in seed or settings["seeds"]:
-        for kind, run in [("base", base), *runs]:
-            done = any(row["name"] == run.name and int(row["seed"]) == number for row in rows)
-            if done or (only and run.name not in (*only, "base")):
-                continue
-            same = next((row for row in rows if row["name"] == run.name), None)
-            if kind != "run" and run.start == "base" and same:
-                found = {part: same[part] for part in PARTS}  # no seed has a part in it
-            elif kind == "base":
-                found = experiment.evaluate(experiment.base)
-            else:
-                found = experiment.train(run, number) if kind == "run" else experiment.quantize(run, number)
-            rows.append({"name": run.name, "seed": number, "reference": run.gap_of, **found})
-            print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
-                  flush=True)  # fmt: skip
-            with table_file.open("w", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS, restval="")
-                writer.writeheader()
-                writer.writerows(rows)
+    runs = [Run("base", "base"), *(Run(**entry) for kind in ("run", "quantized") for entry in settings.get(kind, []))]
+    done = {(row["name"], int(row["seed"])) for row in rows}
+    waiting = [
+        (run, number)
+        for number in seed or settings["seeds"]
+        for run in runs
+        if (run.name, number) not in done and (not only or run.name in (*only, "base"))
+    ]
+    base = prepare_model(cache / "SmolLM2-135M-Instruct")
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(workers, context, _start_worker, (config, base, output)) as pool:
+        made: dict[Future, tuple[Run, int]] = {}
+        while waiting or made:
+            for run, number in list(waiting):
+                same = next((row for row in rows if row["name"] == run.name), None)
+                if same and run.start == "base" and run.learning_rate is None:
+                    rows.append({**same, "seed": number})  # no seed has a part in it
+                    done.add((run.name, number))
+                    waiting.remove((run, number))
+                    continue
+                needs = {(name, number) for name in (run.start, run.teacher) if name not in (None, "base")}
+                if len(made) < workers and needs <= done:
+                    made[pool.submit(_make, run, number)] = (run, number)
+                    waiting.remove((run, number))
+            if not made:
+                raise SystemExit(f"These start from a run that is not there: {[run.name for run, _ in waiting]}.")
+            for future in wait(made, return_when=FIRST_COMPLETED).done:
+                run, number = made.pop(future)
+                done.add((run.name, number))
+                rows.append({"name": run.name, "seed": number, "reference": run.gap_of, **future.result()})
+                print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
+                      flush=True)  # fmt: skip
+                with table_file.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS, restval="")
+                    writer.writeheader()
+                    writer.writerows(rows)
     print("| run | held-out | recovered, % | out of domain | recovered, % |\n|---|---|---|---|---|")
     for cells in summary(rows):
         print(f"| {' | '.join(cells)} |")
