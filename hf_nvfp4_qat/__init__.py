@@ -11,6 +11,7 @@ from hf_nvfp4_qat.numerics.quantize import fake_quantize_nvfp4, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 # Training: make a model train in NVFP4, and see what that covers
+from hf_nvfp4_qat.modules.calibration import calibrate_activations
 from hf_nvfp4_qat.modules.swap import coverage, refresh_global_scales
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
@@ -40,6 +41,7 @@ __all__ = [
     "NVFP4RolloutCallback",
     "NVFP4Tensor",
     "QADTrainer",
+    "calibrate_activations",
     "coverage",
     "fake_quantize_nvfp4",
     "load_nvfp4",

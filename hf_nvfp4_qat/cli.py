@@ -37,6 +37,7 @@ Exclude = Annotated[list[str] | None, typer.Option(help="Module to leave unquant
 ExcludeFrom = Annotated[Path | None, typer.Option(help="JSON list of such modules, as `sensitivity` writes it.")]
 FirstLayers = Annotated[int, typer.Option(help="Decoder layers to leave unquantized at the start.")]
 LastLayers = Annotated[int, typer.Option(help="And at the end.")]
+Activations = Annotated[str, typer.Option(help="bf16, or nvfp4: quantize the inputs of linears too (W4A4).")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")]
 
 
@@ -77,7 +78,13 @@ def _refuse_occupied(destination: Path, overwrite: bool) -> None:
 
 
 def _config(
-    preset: str, exclude: list[str] | None, exclude_from: Path | None, scale_rule: str, num_first: int, num_last: int
+    preset: str,
+    exclude: list[str] | None,
+    exclude_from: Path | None,
+    scale_rule: str,
+    num_first: int,
+    num_last: int,
+    activations: str = "bf16",
 ) -> Any:
     """The options that several commands share, as an ``NVFP4QATConfig``."""
     from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
@@ -94,6 +101,7 @@ def _config(
         scale_rule=scale_rule,
         bf16_first_layers=num_first,
         bf16_last_layers=num_last,
+        activations=activations,
     )
 
 
@@ -140,6 +148,9 @@ def distill(
     gradient_accumulation: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
     sequence_length: Annotated[int, typer.Option(min=16)] = 512,
     learning_rate: float = 2e-4,
+    cross_entropy_weight: Annotated[
+        float, typer.Option(min=0.0, help="Of the text itself beside the teacher; 0.5 helped a fine-tuned model.")
+    ] = 0.0,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
     held_out: Annotated[int, typer.Option(min=1, help="Sequences to measure with, not trained on.")] = 16,
     seed: int = 0,
@@ -149,6 +160,7 @@ def distill(
     scale_rule: Rule = "amax",
     bf16_first_layers: FirstLayers = 0,
     bf16_last_layers: LastLayers = 0,
+    activations: Activations = "bf16",
     overwrite: Overwrite = False,
 ) -> None:
     """Train a model's NVFP4 form to predict as the original does (QAD), and pack it."""
@@ -156,7 +168,7 @@ def distill(
         from hf_nvfp4_qat.distillation.run import distill as run
         from hf_nvfp4_qat.distillation.teacher_process import TeacherProcess
 
-        config = _config(preset, exclude, exclude_from, scale_rule, bf16_first_layers, bf16_last_layers)
+        config = _config(preset, exclude, exclude_from, scale_rule, bf16_first_layers, bf16_last_layers, activations)
         _refuse_occupied(destination, overwrite)
         process = TeacherProcess(teacher or source, device=teacher_device) if teacher_device else None
         try:
@@ -168,6 +180,7 @@ def distill(
                 config=config,
                 sequence_length=sequence_length,
                 num_held_out=held_out,
+                cross_entropy_weight=cross_entropy_weight,
                 training={
                     "max_steps": steps,
                     "per_device_train_batch_size": batch_size,

@@ -106,7 +106,8 @@ class Experiment:
         model = AutoModelForCausalLM.from_pretrained(self.folder(run.start, seed), dtype=torch.float32, **options)
         arguments = TrainingArguments(
             **{
-                "output_dir": str(self.folder(run.name, seed)) + "_training", "max_steps": self.steps, "seed": seed, "data_seed": seed,
+                "output_dir": f"{self.folder(run.name, seed)}_training", "max_steps": self.steps,
+                "seed": seed, "data_seed": seed,
                 "per_device_train_batch_size": self.batch_size, "learning_rate": run.learning_rate,
                 "lr_scheduler_type": "cosine", "warmup_steps": self.steps // 20, "adam_beta2": 0.95,
                 "optim": "adamw_torch_fused", "bf16": self.device == "cuda", "use_cpu": self.device == "cpu",

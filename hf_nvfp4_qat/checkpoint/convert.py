@@ -58,8 +58,15 @@ def ptq_sources(
     """What post-training quantization makes of an unquantized checkpoint: sources, skeleton and reader.
 
     Raises:
-        ValueError: the checkpoint is quantized already, cannot be read, or lacks a weight to be quantized.
+        ValueError: inputs are to be quantized too; the checkpoint is quantized already, cannot be read, or lacks a
+            weight to be quantized.
     """
+    if recipe.activations != "bf16":
+        raise ValueError(
+            "The largest inputs of a model (`activations='nvfp4'`, W4A4) are known only when it runs, and this reads "
+            "weights alone. Load it with `from_pretrained(..., quantization_config=...)`, call "
+            "`calibrate_activations(model, batches)` and save it, or use `distill`."
+        )
     reader = CheckpointReader(directory)
     if existing := reader.config().get("quantization_config"):
         raise ValueError(

@@ -40,7 +40,7 @@ class Requantization:
         num_moved: elements that changed.
         num_elements: elements of all packed layers that train in NVFP4.
         not_trained: packed layers that now train in high precision (`exclude`, or a default rule).
-        num_input_scales: activation scales of a W4A4 checkpoint, which weight-only training drops.
+        num_input_scales: activation scales of a W4A4 checkpoint that training with 16-bit inputs drops.
     """
 
     num_layers: int
@@ -62,7 +62,7 @@ class Requantization:
         if self.not_trained:
             notes.append(f"{len(self.not_trained)} packed layers now train in high precision")
         if self.num_input_scales:
-            notes.append(f"{self.num_input_scales} activation scales dropped (training is W4A16)")
+            notes.append(f"{self.num_input_scales} activation scales dropped (training is W4A16: `activations='bf16'`)")
         return "; ".join(notes)
 
 

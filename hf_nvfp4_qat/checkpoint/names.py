@@ -5,6 +5,7 @@ For a layer ``x`` the checkpoint holds, instead of ``x.weight`` [N, K]:
     x.weight_packed         uint8          [N, K / 2]    two codes a byte, even column in the low nibble
     x.weight_scale          float8_e4m3fn  [N, K / 16]   block scales, row-major
     x.weight_global_scale   float32        [1]           the encode direction: 1 / global_decode_scale
+    x.input_global_scale    float32        [1]           the same of the inputs; only where they are NVFP4 too (W4A4)
 
 A power of two has an exact reciprocal, so the stored scale and ours carry the same information.
 """
@@ -21,7 +22,7 @@ from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 PACKED = "weight_packed"
 BLOCK_SCALE = "weight_scale"
 GLOBAL_ENCODE_SCALE = "weight_global_scale"
-# Only in W4A4 checkpoints, which we read but do not write; of experts vLLM waits for it all the same.
+# Only in W4A4 checkpoints; of experts vLLM waits for it all the same.
 INPUT_GLOBAL_SCALE = "input_global_scale"
 
 # Among the `observer_kwargs` of weights; where it is missing, the rule is "amax".
@@ -38,30 +39,39 @@ def layer_of(weight_name: str) -> str:
     return weight_name.removesuffix(".weight")
 
 
-def to_checkpoint(layer: str, weight: NVFP4Tensor) -> dict[str, torch.Tensor]:
-    """The three tensors of a quantized layer under their checkpoint names.
+def to_checkpoint(
+    layer: str, weight: NVFP4Tensor, input_decode_scale: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized layer under their checkpoint names.
 
     Args:
         layer: checkpoint name of the layer, without ``.weight``.
         weight: its weight ``[N, K]``.
+        input_decode_scale: global scale of its inputs, float32 ``[]``, if they are quantized.
     """
-    return {
+    tensors = {
         f"{layer}.{PACKED}": weight.packed,
         f"{layer}.{BLOCK_SCALE}": weight.block_scale,
         f"{layer}.{GLOBAL_ENCODE_SCALE}": (1.0 / weight.global_decode_scale).reshape(-1),
     }
+    if input_decode_scale is not None:
+        tensors[f"{layer}.{INPUT_GLOBAL_SCALE}"] = (1.0 / input_decode_scale).reshape(-1)
+    return tensors
 
 
-def checkpoint_layout(layer: str, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def checkpoint_layout(
+    layer: str, shape: tuple[int, ...], *, quantizes_input: bool = False
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Name to (dtype, shape) of the tensors of a quantized layer whose weight is `shape` ``[N, K]``.
 
     Fused experts ``[E, N, K]``, which no checkpoint holds, have the same with E in front, and E global scales.
     """
-    return {
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         f"{layer}.{PACKED}": (torch.uint8, packed_shape(shape)),
         f"{layer}.{BLOCK_SCALE}": (torch.float8_e4m3fn, block_scale_shape(shape)),
         f"{layer}.{GLOBAL_ENCODE_SCALE}": (torch.float32, (shape[0] if len(shape) == 3 else 1,)),
     }
+    return layout | ({f"{layer}.{INPUT_GLOBAL_SCALE}": (torch.float32, (1,))} if quantizes_input else {})
 
 
 def from_checkpoint(layer: str, get_tensor: Callable[[str], torch.Tensor]) -> NVFP4Tensor:
@@ -83,13 +93,25 @@ def quantized_layers(tensor_names: list[str]) -> list[str]:
     return [name.removesuffix(f".{PACKED}") for name in tensor_names if name.endswith(f".{PACKED}")]
 
 
-def quantization_config(ignore: list[str], *, scale_rule: str = "amax") -> dict[str, Any]:
-    """The `quantization_config` of a packed checkpoint's config.json: weights NVFP4, activations untouched (W4A16).
+def quantization_config(
+    ignore: list[str], *, scale_rule: str = "amax", quantizes_input: bool = False
+) -> dict[str, Any]:
+    """The `quantization_config` of a packed checkpoint's config.json: weights NVFP4, activations in 16 bits or NVFP4.
 
     Args:
         ignore: checkpoint names of the linear layers, as vLLM sees them, that are not quantized.
         scale_rule: how block scales were chosen. Loaders need not know; quantizing the decoded weights again does.
+        quantizes_input: W4A4: block scales of the inputs are computed on the fly, their global scales are stored.
     """
+    nvfp4 = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group",
+        "group_size": BLOCK_SIZE,
+        "scale_dtype": "torch.float8_e4m3fn",
+    }
+    observer = {} if scale_rule == "amax" else {"observer_kwargs": {_SCALE_RULE: scale_rule}}
     return {
         "quant_method": QUANT_METHOD,
         "format": FORMAT,
@@ -99,17 +121,8 @@ def quantization_config(ignore: list[str], *, scale_rule: str = "amax") -> dict[
             "group_0": {
                 "targets": ["Linear"],
                 "format": FORMAT,
-                "weights": {
-                    "num_bits": 4,
-                    "type": "float",
-                    "symmetric": True,
-                    "strategy": "tensor_group",
-                    "group_size": BLOCK_SIZE,
-                    "dynamic": False,
-                    "scale_dtype": "torch.float8_e4m3fn",
-                    **({} if scale_rule == "amax" else {"observer_kwargs": {_SCALE_RULE: scale_rule}}),
-                },
-                "input_activations": None,
+                "weights": {**nvfp4, "dynamic": False, **observer},
+                "input_activations": {**nvfp4, "dynamic": "local"} if quantizes_input else None,
                 "output_activations": None,
             }
         },
@@ -119,6 +132,12 @@ def quantization_config(ignore: list[str], *, scale_rule: str = "amax") -> dict[
         "sparsity_config": {},
         "transform_config": {},
     }
+
+
+def activations_of(config: dict[str, Any]) -> str:
+    """What a packed checkpoint says of its inputs, as `NVFP4QATConfig.activations` does: "nvfp4" or "bf16"."""
+    groups = (config.get("config_groups") or {}).values()
+    return "nvfp4" if any(group.get("input_activations") for group in groups) else "bf16"
 
 
 def scale_rule_of(config: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def save_nvfp4(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> list[str]:
-    """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`, W4A16.
+    """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`.
 
     vLLM, SGLang and plain Transformers (with compressed-tensors) load it without this package. What is not quantized
     is written in bfloat16. Weights are packed one at a time; the extra memory is one shard. All files appear
@@ -99,8 +99,12 @@ def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[Tensor
     config = copy.deepcopy(config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = str(SERVED_DTYPE).removeprefix("torch.")
-    scale_rule = next((source.scale_rule for source in sources if source.is_quantized), "amax")
-    config.quantization_config = quantization_config(ignored_layers(model, sources), scale_rule=scale_rule)
+    quantized = next((source for source in sources if source.is_quantized), None)
+    config.quantization_config = quantization_config(
+        ignored_layers(model, sources),
+        scale_rule=quantized.scale_rule if quantized else "amax",
+        quantizes_input=quantized is not None and quantized.input_amax is not None,
+    )
     return config.to_diff_dict()
 
 

@@ -16,8 +16,9 @@ from torch import nn
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
 from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded, reshard
+from hf_nvfp4_qat.modules.calibration import check_calibrated
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
-from hf_nvfp4_qat.modules.swap import qat_weights, refresh_global_scales
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
@@ -53,6 +54,7 @@ class TensorSource:
         shard: reads the DTensor of a quantized weight that is sharded; None for one that is not.
         parts: of quantized fused experts, the checkpoint's parts of it.
         scale_rule: how block scales are chosen.
+        input_amax: of a layer with NVFP4 inputs, reads the largest, float32 ``[]``.
     """
 
     name: str
@@ -64,6 +66,7 @@ class TensorSource:
     shard: Callable[[], torch.Tensor] | None = None
     parts: tuple[ExpertPart, ...] = ()
     scale_rule: str = "amax"
+    input_amax: Callable[[], torch.Tensor] | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -75,7 +78,7 @@ class TensorSource:
         if not self.is_quantized:
             return {self.name: (self.dtype, self.shape)}
         if not self.parts:
-            return checkpoint_layout(layer_of(self.name), self.shape)
+            return checkpoint_layout(layer_of(self.name), self.shape, quantizes_input=self.input_amax is not None)
         layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for part in self.parts:
             layout |= checkpoint_layout(layer_of(part.name), (part.num_rows, self.shape[-1]))
@@ -111,7 +114,8 @@ class TensorSource:
     def under_checkpoint_names(self, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
         """Checkpoint name to tensor of this weight in NVFP4; views, of fused experts."""
         if not self.parts:
-            return to_checkpoint(layer_of(self.name), packed)
+            input_scale = None if self.input_amax is None else global_decode_scale_of_amax(self.input_amax())
+            return to_checkpoint(layer_of(self.name), packed, input_scale)
         tensors: dict[str, torch.Tensor] = {}
         for part in self.parts:
             place = (part.expert, part.rows)
@@ -139,7 +143,8 @@ def packed_sources(
         live: take parameters and buffers as they are, without the state dict that Transformers would save.
 
     Raises:
-        ValueError: the number of quantized tensors is not the number of QAT weights.
+        ValueError: the number of quantized tensors is not the number of QAT weights; inputs are to be quantized, and
+            some layer has seen none.
     """
     quantized = {plain_name(name): weight for name, weight in qat_weights(model).items()}
     reshard(model)
@@ -147,6 +152,12 @@ def packed_sources(
         weights = live_weights(model)
     else:
         weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
+    check_calibrated(qat_modules(model))
+    input_amaxes = {
+        f"{plain_name(name)}.weight": weights.pop(f"{plain_name(name)}.input_amax", layer.input_amax)
+        for name, layer in qat_modules(model).items()
+        if layer.input_amax is not None
+    }
     if state_dict is None:
         refresh_global_scales(model)
         scales = {layer_of(name): weight.global_decode_scale for name, weight in quantized.items()}
@@ -172,6 +183,7 @@ def packed_sources(
                 shard=shard,
                 parts=entry.parts,
                 scale_rule=quantized[module_name].scale_rule if is_quantized else "amax",
+                input_amax=partial(input_amaxes.__getitem__, module_name) if module_name in input_amaxes else None,
             )
         )
     check_packed_count(sources, len({id(weight.weight) for weight in quantized.values()}))

@@ -53,6 +53,7 @@ def distill(
     config: NVFP4QATConfig | None = None,
     sequence_length: int = 512,
     num_held_out: int = 16,
+    cross_entropy_weight: float = 0.0,
     training: dict[str, Any] | None = None,
 ) -> DistillationResult:
     """Distil a model into its NVFP4 form and save it packed, with its tokenizer.
@@ -65,6 +66,7 @@ def distill(
         config: what to quantize, and how.
         sequence_length: tokens a sequence.
         num_held_out: sequences to measure with.
+        cross_entropy_weight: as for ``QADTrainer``.
         training: for ``TrainingArguments``, over the defaults: 300 steps of 16 sequences, learning rate 2e-4, cosine.
 
     Returns:
@@ -99,6 +101,7 @@ def distill(
             model,
             arguments,
             teacher=directory if teacher is None else teacher,
+            cross_entropy_weight=cross_entropy_weight,
             train_dataset=_rows(train),
             eval_dataset=_rows(held_out),
         )

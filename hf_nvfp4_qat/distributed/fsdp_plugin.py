@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_nvfp4_qat.distributed.gather_mode import apply_gather_mode, gather_mode, unwrapped
-from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 
 
 @dataclass
@@ -44,8 +44,20 @@ class NVFP4FSDPPlugin(FullyShardedDataParallelPlugin):
             )
 
     def set_auto_wrap_policy(self, model: nn.Module) -> None:
-        """Accelerate's, and from the model's first forward on, the gather."""
+        """Accelerate's, and from the model's first forward on, the gather.
+
+        Raises:
+            ValueError: NVFP4 inputs with `cpu_ram_efficient_loading`, which takes all tensors of a state dict for
+                sharded ones.
+        """
         super().set_auto_wrap_policy(model)
+        if self.cpu_ram_efficient_loading and any(
+            layer.input_amax is not None for layer in qat_modules(model).values()
+        ):
+            raise ValueError(
+                "With `activations='nvfp4'` models hold measured inputs beside their weights, which Accelerate's "
+                "efficient loading cannot distribute. Set `fsdp_cpu_ram_efficient_loading: false`."
+            )
         if self.fsdp_version == 1 or not qat_weights(model):
             return
         model_ref = ref(model)

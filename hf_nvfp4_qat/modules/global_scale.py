@@ -168,6 +168,16 @@ class GlobalScales:
         self.is_stepped |= bool(groups)
         return bool(groups)
 
+    @torch.no_grad()
+    def share_input_amaxes(self) -> None:
+        """Give all processes the largest inputs that any of them has seen: one all-reduce, and none without W4A4."""
+        modules = [module for group in self._groups.values() for module in group]
+        amaxes = [own_part(amax) for module in modules if (amax := getattr(module, "input_amax", None)) is not None]
+        if amaxes and torch.distributed.is_available() and torch.distributed.is_initialized():
+            shared = torch.stack(amaxes)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+            torch._foreach_copy_(amaxes, list(shared.unbind()))
+
     def forget(self) -> None:
         """Take every scale for stale."""
         self._seen.clear()
@@ -231,9 +241,12 @@ def weight_version(weight: Any) -> int:
 def _refresh_stepped_weights(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """After any optimizer's step: refresh the scales of the weights it owns."""
     stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    if not any([scales.refresh_stepped(stepped) for scales in list(_live)]):
+    own = [scales for scales in list(_live) if scales.refresh_stepped(stepped)]
+    if not own:
         # ZeRO and FSDP1 step flat copies of the weights, and write the weights themselves where PyTorch does not count.
         # A second optimizer, for norms and biases beside the matrices' own, is no reason.
-        for scales in list(_live):
-            if not scales.is_stepped:
-                scales.forget()
+        own = [scales for scales in list(_live) if not scales.is_stepped]
+        for scales in own:
+            scales.forget()
+    for scales in own:
+        scales.share_input_amaxes()

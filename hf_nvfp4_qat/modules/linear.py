@@ -4,7 +4,9 @@ Autograd would keep the fake-quantized weight of every layer alive from forward 
 the model. The function here keeps the parameter, which is alive anyway, and fake-quantizes it again in backward:
 a few passes over the weight instead of 2 bytes an element.
 
-The gradient is the identity straight-through estimator: what reaches the fake-quantized weight goes to the master.
+The gradient is the identity straight-through estimator: what reaches the fake-quantized weight goes to the master, and
+with W4A4 what reaches the fake-quantized input goes to the input. The input, too, is kept as it came and quantized
+again in backward: layers that share one keep it once.
 """
 
 from collections.abc import Callable
@@ -17,8 +19,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_part
+from hf_nvfp4_qat.numerics.activations import activation_amax, fake_quantize_activation
 from hf_nvfp4_qat.numerics.format import check_weight
-from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
+from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax, straight_through
 
 
 class _Kept(torch.autograd.Function):
@@ -41,41 +44,50 @@ class _Kept(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """``F.linear(x, fake_quantize(weight))`` that saves nothing of its own; `kept` is what ``_Kept`` returned."""
+    """``F.linear(x, fake_quantize(weight))`` that saves nothing of its own; `kept` is what ``_Kept`` returned.
+
+    `input_scale` is the global scale to quantize `x` with, or None.
+    """
 
     @staticmethod
-    def forward(ctx, kept, x, weight, bias, global_decode_scale, scale_rule, compute_dtype):
-        ctx.kept, ctx.scale_rule = kept.grad_fn, scale_rule
+    def forward(ctx, kept, x, weight, bias, global_decode_scale, scale_rule, input_scale, compute_dtype):
+        ctx.kept, ctx.scale_rule, ctx.input_scale = kept.grad_fn, scale_rule, input_scale
         # The scale is not saved through autograd: refreshing it in place is no error while the weight stands still,
         # and if the weight moved, its own version counter raises.
         ctx.global_decode_scale = global_decode_scale
+        x = _quantized_input(x, input_scale)
         return F.linear(x, _fake_quantized(weight, global_decode_scale, scale_rule).to(compute_dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight = (None, None) if ctx.kept is None else ctx.kept.saved_tensors  # None if only the bias trains
-        return None, *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[1:4]), None, None, None
+        return None, *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[1:4]), None, None, None, None
 
 
 class _CompiledLinear(torch.autograd.Function):
     """The same in one piece, for torch.compile, which arranges recomputation by itself."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, global_decode_scale, scale_rule, compute_dtype):
-        ctx.global_decode_scale, ctx.scale_rule = global_decode_scale, scale_rule
+    def forward(ctx, x, weight, bias, global_decode_scale, scale_rule, input_scale, compute_dtype):
+        ctx.global_decode_scale, ctx.scale_rule, ctx.input_scale = global_decode_scale, scale_rule, input_scale
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        x = _quantized_input(x, input_scale)
         return F.linear(x, _fake_quantized(weight, global_decode_scale, scale_rule).to(compute_dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
-        return *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[:3]), None, None, None
+        return *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[:3]), None, None, None, None
 
 
 def _fake_quantized(weight, global_decode_scale, scale_rule, after=None):
     return fake_quantize_unchecked(weight, global_decode_scale, scale_rule=scale_rule, after=after)
+
+
+def _quantized_input(x, input_scale):
+    return x if input_scale is None else fake_quantize_activation(x, input_scale)
 
 
 def _gradients(ctx, grad_output, x, weight, needed):
@@ -86,6 +98,7 @@ def _gradients(ctx, grad_output, x, weight, needed):
         fake_quantized = _fake_quantized(weight, ctx.global_decode_scale, ctx.scale_rule, after=grad_output)
         grad_x = grad_output @ fake_quantized.to(grad_output.dtype)
     if needed[1]:
+        x = _quantized_input(x, ctx.input_scale)
         grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)  # [N, M] @ [M, K]
     if needed[2]:
         grad_bias = rows.sum(0)
@@ -107,7 +120,7 @@ def check_adoptable(linear: nn.Linear, *, name: str) -> None:
 
 
 class QATLinear(nn.Linear):
-    """A linear layer trained with NVFP4 weights (W4A16).
+    """A linear layer trained with NVFP4 weights (W4A16), and with NVFP4 inputs if asked to (W4A4).
 
     Made from an existing ``nn.Linear`` by ``QATLinear.adopt``; parameters keep their names, dtype, ties, hooks and
     `requires_grad`, and state dicts hold the master weight alone.
@@ -118,6 +131,9 @@ class QATLinear(nn.Linear):
         scale_group: key of the fused group within `global_scales`.
         global_scales: keeps `global_decode_scale` fresh.
         scale_rule: how block scales are chosen.
+        input_amax: largest magnitude of the inputs seen in training or calibration, which the inputs' global scale
+            follows: a persistent float32 ``[]`` buffer, 0 before the first; None for W4A16. Equal in all processes
+            after each optimizer step.
         weight_is_fake_quantized: whether `weight` holds the fake-quantized values whenever forward runs, because
             that is how FSDP2 gathers it.
     """
@@ -126,6 +142,7 @@ class QATLinear(nn.Linear):
     scale_group: str
     global_scales: GlobalScales
     scale_rule: str
+    input_amax: torch.Tensor | None
     weight_is_fake_quantized = False
 
     @classmethod
@@ -137,6 +154,7 @@ class QATLinear(nn.Linear):
         scale_group: str,
         global_scales: GlobalScales,
         scale_rule: str = "amax",
+        quantize_input: bool = False,
     ) -> "QATLinear":
         """Turn `linear` itself into a QATLinear: the same object, the same Parameter objects.
 
@@ -146,6 +164,7 @@ class QATLinear(nn.Linear):
             scale_group: modules with the same key share one global scale.
             global_scales: the model's scale groups.
             scale_rule: how block scales are chosen.
+            quantize_input: whether inputs are NVFP4 too.
 
         Raises:
             ValueError: as ``check_adoptable``.
@@ -161,12 +180,16 @@ class QATLinear(nn.Linear):
         linear.scale_group = scale_group
         linear.global_scales = global_scales
         linear.scale_rule = scale_rule
+        linear.register_buffer("input_amax", torch.zeros_like(one) if quantize_input else None)
         global_scales.add(linear)
         return linear
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""
         if self.weight_is_fake_quantized:
+            input_scale = self._input_scale(input)
+            if input_scale is not None:
+                input = straight_through(input, fake_quantize_activation(input, input_scale))
             return super().forward(input)
         if not torch.compiler.is_compiling():
             self.global_scales.refresh_if_stale(self)
@@ -176,10 +199,23 @@ class QATLinear(nn.Linear):
             compute_dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute_dtype)
             bias = None if bias is None else bias.to(compute_dtype)
-        arguments = (input, self.weight, bias, self.global_decode_scale, self.scale_rule, compute_dtype)
+        input_scale = self._input_scale(input)
+        arguments = (input, self.weight, bias, self.global_decode_scale, self.scale_rule, input_scale, compute_dtype)
         if torch.compiler.is_compiling():
             return _CompiledLinear.apply(*arguments)
         return _Product.apply(_Kept.apply(input, self.weight), *arguments)
+
+    def _input_scale(self, input: torch.Tensor) -> torch.Tensor | None:
+        """Global decode scale of the inputs: that of the largest so far, in training of this one too."""
+        if self.input_amax is None:
+            return None
+        amax = activation_amax(input)
+        if self.training:
+            with torch.no_grad():
+                amax = self.input_amax.copy_(torch.maximum(self.input_amax, amax)).clone()
+        else:
+            amax = torch.where(self.input_amax > 0, self.input_amax, amax)
+        return global_decode_scale_of_amax(amax)
 
     def fake_quantized_weight(self) -> torch.Tensor:
         """The weight that forward multiplies with, and that is served: bfloat16 ``[N, K]``, no gradient.
@@ -191,7 +227,7 @@ class QATLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the sizes."""
-        return f"{super().extra_repr()}, weight=nvfp4"
+        return f"{super().extra_repr()}, weight=nvfp4" + ("" if self.input_amax is None else ", input=nvfp4")
 
     def __setstate__(self, state: dict) -> None:
         # Copies and unpickled layers register with the scales they were copied with.
@@ -200,12 +236,17 @@ class QATLinear(nn.Linear):
         vars(self).pop("weight_is_fake_quantized", None)  # a copy has no hooks that see to it
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATLinear":
-        scale = self.global_decode_scale
+        scale, input_amax = self.global_decode_scale, self.input_amax
         super()._apply(fn, recurse)
         keep_float32(self, scale)
+        if input_amax is not None and self.input_amax is not None and self.input_amax.dtype != torch.float32:
+            self.input_amax = input_amax.to(self.input_amax.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.input_amax is not None and f"{prefix}input_amax" not in state_dict:
+            # Weights of a model that was not W4A4: what was measured of the inputs stays.
+            state_dict = {**state_dict, f"{prefix}input_amax": self.input_amax}
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # A compiled forward does not check for staleness, so do not leave it to the next forward.
         self.global_scales.refresh_if_stale(self)

@@ -7,6 +7,7 @@ from typing import Any
 from hf_nvfp4_qat.numerics.quantize import check_scale_rule
 
 PRESETS = ("full", "ffn_only")
+ACTIVATIONS = ("bf16", "nvfp4")
 
 
 @dataclass(unsafe_hash=True)
@@ -24,11 +25,14 @@ class Recipe:
     scale_rule: str = "amax"
     bf16_first_layers: int = 0
     bf16_last_layers: int = 0
+    activations: str = "bf16"
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"`preset` is one of {', '.join(PRESETS)}; got {self.preset!r}.")
         check_scale_rule(self.scale_rule)
+        if self.activations not in ACTIVATIONS:
+            raise ValueError(f"`activations` is one of {', '.join(ACTIVATIONS)}; got {self.activations!r}.")
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise ValueError(f"`exclude` is a list of strings; got {self.exclude!r}.")
         for pattern in self.exclude:

@@ -196,6 +196,12 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
             reasons[name] = reason
     selected = {name: module for name, module in linears.items() if name not in reasons}
     selected_experts = [name for name in experts if name not in reasons]
+    if selected_experts and recipe.activations == "nvfp4":
+        raise ValueError(
+            f"`activations='nvfp4'` covers linear layers; {type(model).__name__} has fused experts "
+            f"({selected_experts[0]}), whose inputs stay in 16 bits. Leave `activations` out, or add 're:.*experts$' "
+            "to `exclude`."
+        )
     _refuse_indivisible(selected)
     _refuse_split_groups(set(selected), set(linears))
     if not selected and not selected_experts:
@@ -214,6 +220,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
             scale_group=fused_group_key(name),
             global_scales=global_scales,
             scale_rule=recipe.scale_rule,
+            quantize_input=recipe.activations == "nvfp4",
         )
     for name in selected_experts:
         adopt_experts(model.get_submodule(name), name=name, global_scales=global_scales, scale_rule=recipe.scale_rule)

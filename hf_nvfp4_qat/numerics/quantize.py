@@ -185,7 +185,7 @@ def global_decode_scale_of_amax(amax: torch.Tensor) -> torch.Tensor:
         float32 of the same shape, within ``[2**-100, 2**100]``; 1 where amax is 0, NaN where it is not finite.
     """
     amax = amax.float()
-    if resolve("auto", amax.device) == "triton":
+    if not torch.compiler.is_compiling() and resolve("auto", amax.device) == "triton":
         from hf_nvfp4_qat.numerics.triton_amax import decode_scales
 
         return decode_scales(amax.contiguous())

@@ -17,7 +17,7 @@ QUANT_METHOD = "nvfp4_qat"
 
 @dataclass(unsafe_hash=True)
 class NVFP4QATConfig(Recipe, QuantizationConfigMixin):
-    """Train a model with NVFP4 weights (W4A16): ``from_pretrained(..., quantization_config=NVFP4QATConfig())``.
+    """Train a model with NVFP4 weights: ``from_pretrained(..., quantization_config=NVFP4QATConfig())``.
 
     Attributes:
         preset: which linears are quantized. "full": all but the output embedding, routers, heads and the towers of
@@ -27,6 +27,9 @@ class NVFP4QATConfig(Recipe, QuantizationConfigMixin):
         scale_rule: how block scales are chosen. "amax": a block's largest magnitude becomes 6. "four_over_six": 6 or 4,
             whichever has the less squared error in the block. "mse": the least error of six scales.
         bf16_first_layers, bf16_last_layers: so many decoder layers at each end stay in high precision.
+        activations: "bf16", W4A16, which every GPU serves; or "nvfp4", W4A4: the inputs of quantized linears too, with
+            block scales of the moment and a global scale that follows the largest input seen. GPUs before Blackwell
+            serve W4A4 checkpoints as W4A16, without a word.
         save_format: "auto" saves master weights into ``checkpoint-<int>`` folders, which Trainer resumes from, and
             packed NVFP4 anywhere else; "master" or "nvfp4" forces one of the two.
 

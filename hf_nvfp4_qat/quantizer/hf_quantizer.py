@@ -5,8 +5,11 @@ their arguments.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.modeling_utils import PreTrainedModel
@@ -16,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from hf_nvfp4_qat.checkpoint.save import SavePretrained
 from hf_nvfp4_qat.checkpoint.stream import check_expert_names
 from hf_nvfp4_qat.modules.linear import QATLinear
-from hf_nvfp4_qat.modules.swap import coverage_of, qat_weights, refresh_global_scales, swap_linears
+from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, qat_weights, refresh_global_scales, swap_linears
 from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
 
 logger = logging.getLogger(__name__)
@@ -27,6 +30,7 @@ class NVFP4QATHfQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: NVFP4QATConfig
+    _has_input_amaxes = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse placements that cannot train.
@@ -47,11 +51,21 @@ class NVFP4QATHfQuantizer(HfQuantizer):
         """Weights load as they are: training keeps them in high precision."""
         return weight_conversions
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
         swap_linears(model, self.quantization_config, output_embedding=model.get_output_embeddings())
         check_expert_names(model)
+        if self.quantization_config.activations == "nvfp4":
+            # Only checkpoints of W4A4 training hold them; Transformers leaves memory as it is where they miss.
+            self._has_input_amaxes = _has_input_amaxes(model, checkpoint_files or ())
+            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), r"\.input_amax$"}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for layer in qat_modules(model).values():
+            if layer.input_amax is not None:
+                loaded = layer.input_amax if self._has_input_amaxes else torch.zeros_like(layer.input_amax)
+                layer.input_amax = loaded.float()
         _finish(model, self.quantization_config)
         return model
 
@@ -115,6 +129,23 @@ def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
     model.save_pretrained = SavePretrained(model, save_format=config.save_format)
     _refuse_adapters_from_now_on()
     logger.info(coverage_of(model).summary)
+
+
+def _has_input_amaxes(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> bool:
+    """Whether a checkpoint holds the largest inputs of as many layers as the model has; all or none count."""
+    names: list[str] = []
+    for file in checkpoint_files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+    num_found = sum(name.endswith(".input_amax") for name in names)
+    num_expected = len(qat_modules(model))
+    if num_found not in (0, num_expected):
+        logger.warning(
+            "The checkpoint knows the largest inputs of %d layers, and %d quantize theirs: none is used. They are "
+            "measured anew in training, or by `calibrate_activations`.", num_found, num_expected,
+        )  # fmt: skip
+    return num_found == num_expected
 
 
 def _refuse_quantized(model: nn.Module) -> None:

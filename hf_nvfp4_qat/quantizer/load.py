@@ -10,10 +10,17 @@ from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader
 from hf_nvfp4_qat.checkpoint.load import Requantization, load_decoded
-from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, layer_of, quantized_layers, scale_rule_of
+from hf_nvfp4_qat.checkpoint.names import (
+    INPUT_GLOBAL_SCALE,
+    activations_of,
+    layer_of,
+    quantized_layers,
+    scale_rule_of,
+)
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names
 from hf_nvfp4_qat.modules.experts import expert_parameters
-from hf_nvfp4_qat.modules.swap import fused_experts, qat_weights
+from hf_nvfp4_qat.modules.swap import fused_experts, qat_modules, qat_weights
+from hf_nvfp4_qat.numerics.format import E2M1_MAX, E4M3_MAX
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 
@@ -27,7 +34,8 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
         path: directory or Hub repository id of a compressed-tensors `nvfp4-pack-quantized` checkpoint, ours or another
             tool's.
         config: what to quantize, and how; None quantizes the layers that are packed in the checkpoint, but for those
-            that ``NVFP4QATConfig`` leaves out by rule (the report counts them), and by the rule they were packed with.
+            that ``NVFP4QATConfig`` leaves out by rule (the report counts them), by the rule they were packed with, and
+            inputs if the checkpoint does and no experts are fused.
         kwargs: for ``from_pretrained`` (`dtype`, `device_map`, `revision`, ...); `dtype` is that of the master
             weights and of everything else, bfloat16 by default.
 
@@ -44,12 +52,15 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     for name, module_name in checkpoint_names(model).items():
         layers_of.setdefault(module_name, []).append(layer_of(name))
     if config is None:
+        stored = reader.config()["quantization_config"]
         config = NVFP4QATConfig(
             exclude=_unpacked_modules(model, packed, layers_of),
-            scale_rule=scale_rule_of(reader.config()["quantization_config"]),
+            scale_rule=scale_rule_of(stored),
+            activations="bf16" if fused_experts(model) else activations_of(stored),
         )
     decoded = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     prepare_qat(model, config)
+    _load_input_amaxes(model, reader, layers_of)
     model.nvfp4_requantization = _requantization(model, reader, decoded, layers_of)
     requantization = model.nvfp4_requantization
     report = logger.warning if requantization.moved or requantization.not_trained else logger.info
@@ -68,6 +79,15 @@ def _unpacked_modules(model: PreTrainedModel, packed: set[str], layers_of: dict[
         for name, parameters in weights.items()
         if not any(layer in packed for parameter in parameters for layer in layers_of.get(parameter, ()))
     )
+
+
+def _load_input_amaxes(model: PreTrainedModel, reader: CheckpointReader, layers_of: dict[str, list[str]]) -> None:
+    for path, module in qat_modules(model).items():
+        names = [f"{layer}.{INPUT_GLOBAL_SCALE}" for layer in layers_of.get(f"{path}.weight", ())]
+        found = [reader.get_tensor(name).float().reshape(()) for name in names if name in reader.file_of]
+        if module.input_amax is not None and found:
+            # The largest magnitude that the scale has room for; of a checkpoint of ours it gives the scale back.
+            module.input_amax.copy_(E2M1_MAX * E4M3_MAX / torch.stack(found).min())
 
 
 def _requantization(
@@ -90,5 +110,7 @@ def _requantization(
         num_moved=num_moved,
         num_elements=num_elements,
         not_trained=tuple(layer for layer in packed if layer not in trained),
-        num_input_scales=sum(name.endswith(f".{INPUT_GLOBAL_SCALE}") for name in reader.names),
+        num_input_scales=0
+        if any(module.input_amax is not None for module in qat_modules(model).values())
+        else sum(name.endswith(f".{INPUT_GLOBAL_SCALE}") for name in reader.names),
     )

@@ -1,8 +1,8 @@
 """A vLLM plugin that lets the CPU engine run NVFP4 weights, which vLLM itself runs on GPUs only.
 
-It supplies the weight-only GEMM, for linears and for experts, and nothing else: config parsing, parameters, weight
-loaders, fusion, routing and reloading stay vLLM's own. It is a reference, not Marlin: it decodes a weight once, after
-loading, and multiplies in float32.
+It supplies the weight-only GEMM, for linears and for experts, lets vLLM's own emulation run W4A4, and nothing else:
+config parsing, parameters, weight loaders, fusion, routing and reloading stay vLLM's own. The GEMM is a reference, not
+Marlin: it decodes a weight once, after loading, and multiplies in float32.
 
 Entry point group ``vllm.general_plugins``; vLLM calls ``register`` in each of its processes.
 """
@@ -28,6 +28,7 @@ def register() -> None:
 
     if issubclass(linear.MarlinNvFp4LinearKernel, _Marker):
         return
+    linear._POSSIBLE_NVFP4_KERNELS.setdefault(current_platform._enum, [linear.EmulationNvFp4LinearKernel])
     linear.MarlinNvFp4LinearKernel = _make_kernel(linear.MarlinNvFp4LinearKernel)
     experts: Any = import_module(
         "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
+from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart
 from hf_nvfp4_qat.rollout.expert_weights import expert_weights
 from hf_nvfp4_qat.rollout.placement import Placement, Region
@@ -149,6 +149,9 @@ class EngineReader:
 
     A linear layer is asked through its own GEMM, whatever layout its kernel keeps the weight in: the identity goes in,
     the transposed weight comes out, exact since each output is one product. Other parameters are read as they are.
+
+    A kernel that quantizes its inputs gets 6 times their global scale instead of ones: that is a value it has, alone in
+    its block. And 6 times a weight, which has 6 significant bits, is exact in bfloat16.
     """
 
     def __init__(self, worker: Any) -> None:
@@ -158,6 +161,9 @@ class EngineReader:
     def read(self, placement: Placement) -> torch.Tensor:
         """The values at the `target` of a placement; of packed codes the decoded values, twice as wide."""
         module = self._model.get_submodule(placement.module)
+        if placement.parameter == INPUT_GLOBAL_SCALE:
+            # Of fused siblings one is left, turned around; the kernel keeps both directions.
+            return module.input_global_scale_inv.detach().reshape(1)
         name = placement.parameter.removesuffix(f"_{PACKED}")
         if name != placement.parameter:
             weight = self._decoded(f"{placement.module}.{name}", partial(expert_weights, module, name))
@@ -182,6 +188,24 @@ def is_compared(placement: Placement) -> bool:
     return bool(placement.source) and not placement.parameter.endswith((BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
 
 
+_WEIGHT_ONLY_KERNELS = ("Marlin", "Humming", "W4A16", "Reference")
+
+
+def check_kernel(worker: Any) -> None:
+    """Refuse an engine that would leave out the quantization of inputs that training has.
+
+    Raises:
+        ValueError: its kernel computes W4A16.
+    """
+    kernel = kernel_name(worker)
+    if any(name in kernel for name in _WEIGHT_ONLY_KERNELS):
+        raise ValueError(
+            f"The model trains with NVFP4 inputs (W4A4), and this engine would compute with 16-bit ones: its kernel is "
+            f"{kernel}, as on all GPUs before Blackwell. Train with `activations='bf16'`, roll out on Blackwell, or "
+            "have vLLM emulate W4A4, slowly: linear_backend='emulation' (`engine_kwargs` of NVFP4RolloutCallback)."
+        )
+
+
 def kernel_name(worker: Any) -> str:
     """The class that multiplies with NVFP4 weights in this engine; empty if none does."""
     for module in worker.model_runner.get_model().modules():
@@ -203,12 +227,14 @@ def _is_linear(module: nn.Module) -> bool:
 def _linear_weight(module: Any, *, rows_at_once: int = 1024) -> torch.Tensor:
     """The weight ``[N, K]`` that a linear layer multiplies with, bfloat16."""
     in_features, device = module.input_size_per_partition, _device(module)
+    input_scale = getattr(module, INPUT_GLOBAL_SCALE, None)
+    one = 1.0 if input_scale is None else 6.0 * float(input_scale)
     parts = []
     for start in range(0, in_features, rows_at_once):
         rows = min(rows_at_once, in_features - start)
         identity = torch.zeros(rows, in_features, dtype=torch.bfloat16, device=device)
-        identity.view(-1)[start :: in_features + 1] = 1
-        parts.append(module.quant_method.apply(module, identity, None).t().to(torch.bfloat16))
+        identity.view(-1)[start :: in_features + 1] = one
+        parts.append((module.quant_method.apply(module, identity, None).t() / one).to(torch.bfloat16))
     return torch.cat(parts, dim=1)
 
 

@@ -10,6 +10,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+from hf_nvfp4_qat.checkpoint.names import activations_of
 from hf_nvfp4_qat.rollout.stream import TensorLayout
 
 # Sizes by which two models of one family differ.
@@ -67,6 +68,10 @@ def check_server(base_url: str, model: Any, config: dict[str, Any], *, timeout: 
         raise ValueError(
             f"The vLLM server at {base_url} must run {config['format']} weights; it serves {served} with quantization "
             f"{info.get('quantization')!r}, format {quantization.get('format')!r}."
+        )
+    if activations_of(quantization) != "bf16":
+        raise ValueError(
+            f"The vLLM server at {base_url} must compute with 16-bit inputs (W4A16); {served} has NVFP4 ones (W4A4)."
         )
     if different := sorted(set(quantization.get("ignore") or ()) ^ set(config["ignore"])):
         raise ValueError(

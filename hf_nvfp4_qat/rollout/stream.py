@@ -75,6 +75,7 @@ class RolloutStream:
         num_bytes, num_bf16_bytes: of the whole push, and of the same weights in bfloat16.
         experts: name of each quantized fused weight to its parts in a checkpoint.
         is_stacked: whether each of these comes in one piece.
+        quantizes_input: whether inputs are NVFP4 too (W4A4).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,6 +98,7 @@ class RolloutStream:
         self.experts = {source.name: source.parts for source in packed if source.parts}
         self.num_packed = len(packed)
         self._scale_rule = packed[0].scale_rule
+        self.quantizes_input = packed[0].input_amax is not None
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
         self.ignored_layers = ignored_layers(model, sources)
 
@@ -123,7 +125,9 @@ class RolloutStream:
     @property
     def quantization_config(self) -> dict[str, Any]:
         """What an engine that takes this stream must be configured with."""
-        return quantization_config(self.ignored_layers, scale_rule=self._scale_rule)
+        return quantization_config(
+            self.ignored_layers, scale_rule=self._scale_rule, quantizes_input=self.quantizes_input
+        )
 
     def __iter__(self) -> Iterator[NamedTensor]:
         return self.tensors()

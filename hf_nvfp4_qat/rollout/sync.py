@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import PACKED, layer_of
+from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.checkpoint.stream import TensorSource
-from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
+from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import (
     EngineReader,
     Replay,
+    check_kernel,
     is_compared,
     load_tensors,
     place_tensors,
@@ -126,7 +127,8 @@ def sync(
 def check(engine: Any, model: nn.Module) -> EngineCheck:
     """Compare the engine's weights, as its GEMMs compute with them, with the trainer's dequantized ones, bit for bit.
 
-    What is not quantized is compared after its rounding to bfloat16, in which the engine computes.
+    With NVFP4 inputs the engine's input scales are compared too. What is not quantized is compared after its rounding
+    to bfloat16, in which the engine computes.
 
     Args, Raises: as ``sync``; if sharded, every process calls.
     """
@@ -154,6 +156,10 @@ def check(engine: Any, model: nn.Module) -> EngineCheck:
             num_found += found.numel()
         if is_whole:
             num_different += weight.numel() - num_found
+        if source.input_amax is not None:
+            expected = 1 / global_decode_scale_of_amax(source.input_amax())
+            for placement in plan.by_tensor[f"{layer_of(source.name)}.{INPUT_GLOBAL_SCALE}"]:
+                num_different += int((reader.read(placement) != expected).sum())
         if num_different:
             different[source.name] = num_different
         num_weights += num_found
@@ -232,6 +238,8 @@ class _EnginePlan:
                 f"Decoded NVFP4 weights are exact in bfloat16; the engine computes in {worker.model_config.dtype}. "
                 'Make it with dtype="bfloat16".'
             )
+        if stream.quantizes_input:
+            check_kernel(worker)
         self._worker = worker
         self.layout = stream.layout
         self.by_tensor: dict[str, list[Placement]] = {}

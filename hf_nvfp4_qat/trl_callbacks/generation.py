@@ -184,6 +184,11 @@ class NVFP4Generation:
 
     def _connect(self, original: Any, stream: RolloutStream) -> None:
         trl = self.trl
+        if stream.quantizes_input:
+            raise ValueError(
+                "The model trains with NVFP4 inputs (W4A4), and a server does not tell whether its kernel quantizes "
+                "them: GPUs before Blackwell leave it out. Use colocate mode, or train with `activations='bf16'`."
+            )
         config = stream.quantization_config
         base_url = trl.server_base_url or f"http://{trl.server_host}:{trl.server_port}"
         command = start_command(trl.model.name_or_path, config, base_url)
@@ -316,9 +321,13 @@ def weights_state(model: nn.Module) -> tuple[int, list[tuple[int, int, int]]]:
     Identity, address and version counter of every tensor, and the number of optimizer steps taken in this process:
     fused optimizers write without counting.
     """
-    tensors = (getattr(tensor, "_local_tensor", tensor) for tensor in (*model.parameters(), *model.buffers()))
-    # Global scales are refreshed by every push, and follow from the weights.
-    versions = [(id(tensor), tensor.data_ptr(), weight_version(tensor)) for tensor in tensors if tensor.numel() > 1]
+    tensors = [
+        getattr(tensor, "_local_tensor", tensor)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        # Global scales are refreshed by every push, and follow from the weights; those of inputs do not.
+        if tensor.numel() > 1 or name.endswith("input_amax")
+    ]
+    versions = [(id(tensor), tensor.data_ptr(), weight_version(tensor)) for tensor in tensors]
     return _num_optimizer_steps[0], versions
 
 

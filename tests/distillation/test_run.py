@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_callbacks.test_callback import byte_tokenizer
 from typer.testing import CliRunner
 
-from hf_nvfp4_qat import NVFP4QATConfig, verify_nvfp4
+from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.cli import app
 from hf_nvfp4_qat.distillation.run import distill
 from hf_nvfp4_qat.distillation.text import read_documents, sequences
+from hf_nvfp4_qat.modules.swap import qat_modules
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,16 @@ def test_the_command_prints_what_came_back(source, text, tmp_path):
     assert verify_nvfp4(tmp_path / "out").ok
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert "model.layers.1.mlp.up_proj" in ignored and "model.layers.0.mlp.up_proj" not in ignored
+
+
+def test_the_command_distils_into_w4a4_and_takes_the_text_in(source, text, tmp_path):
+    arguments = ["distill", source, tmp_path / "out", "--text", text, "--steps", 2, "--batch-size", 2]
+    options = ["--sequence-length", 32, "--activations", "nvfp4", "--cross-entropy-weight", 0.5, "--held-out", 4]
+    result = CliRunner().invoke(app, [str(argument) for argument in [*arguments, *options]])
+    assert result.exit_code == 0, result.output
+    assert verify_nvfp4(tmp_path / "out").ok
+    amaxes = [layer.input_amax for layer in qat_modules(load_nvfp4(tmp_path / "out")).values()]
+    assert len(amaxes) == 14 and min(amaxes) > 0
 
 
 def test_text_is_read_from_files_and_folders(text):

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainingArguments
 from hf_nvfp4_qat import (
     NVFP4FSDPCallback,
     NVFP4FSDPPlugin,
+    NVFP4QATConfig,
     prepare_qat,
     refresh_global_scales,
     save_nvfp4,
@@ -29,6 +30,14 @@ from hf_nvfp4_qat import (
 from hf_nvfp4_qat.distributed.gather_mode import gather_mode
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed
 from hf_nvfp4_qat.modules.swap import qat_modules
+
+
+def test_measured_inputs_and_efficient_loading_are_refused_together():
+    model = prepare_qat(tiny_qwen3(), NVFP4QATConfig(activations="nvfp4"))
+    plugin = NVFP4FSDPPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
+        plugin.set_auto_wrap_policy(model)
+    NVFP4FSDPPlugin(fsdp_version=2, cpu_ram_efficient_loading=False).set_auto_wrap_policy(model)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 FP32 = MixedPrecisionPolicy()
+DEFAULT = NVFP4QATConfig()
 
 
 def shard(model, policy=FP32, **kwargs):
@@ -79,14 +80,14 @@ def compare(
     policy: MixedPrecisionPolicy = BF16,
     before_sharding: Callable[[nn.Module], None] = lambda model: None,
     training: dict | None = None,
-    scale_rule: str = "amax",
+    recipe: NVFP4QATConfig = DEFAULT,
     **sharding,
 ) -> dict[str, float]:
     """Differences between the two ways to train, and the bytes that each gathers."""
     found = {}
     runs = {}
     for packed in (False, True):
-        model = prepare_qat(spread(make()).train(), NVFP4QATConfig(scale_rule=scale_rule))
+        model = prepare_qat(spread(make()).train(), recipe)
         before_sharding(model)
         shard(model, policy, **sharding)
         counted = count_gathers(model)
@@ -109,7 +110,7 @@ def compare(
             module.reshard()
     expected = [
         fake_quantize_nvfp4(
-            whole(layer.weight).detach(), global_decode_scale=layer.global_decode_scale, scale_rule=scale_rule
+            whole(layer.weight).detach(), global_decode_scale=layer.global_decode_scale, scale_rule=recipe.scale_rule
         ).to(dtype)
         for layer in qat_weights(model).values()
     ]
@@ -178,9 +179,12 @@ def _modes(rank: int) -> dict[str, dict]:
         "clipping": compare(rank, training={"clip": 0.05}),
         "fused optimizer": compare(rank, training={"fused": True}),
         "compiled": compare(rank, before_sharding=_compiled, **two),
-        "four over six": compare(rank, scale_rule="four_over_six", **two),
+        "four over six": compare(rank, recipe=NVFP4QATConfig(scale_rule="four_over_six"), **two),
         "experts": compare(rank, experts),
-        "experts, uneven": compare(rank, partial(experts, num_experts=5), scale_rule="mse", **two),
+        "nvfp4 inputs": compare(rank, recipe=NVFP4QATConfig(activations="nvfp4"), **two),
+        "experts, uneven": compare(
+            rank, partial(experts, num_experts=5), recipe=NVFP4QATConfig(scale_rule="mse"), **two
+        ),
         "experts, eager, checkpointing": compare(
             rank, partial(experts, "eager"), before_sharding=_checkpointing, **two
         ),

@@ -18,6 +18,7 @@ import torch
 from conftest import load_qat, tiny_qwen3
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
+from hf_nvfp4_qat.checkpoint.names import quantization_config
 from hf_nvfp4_qat.rollout.server import check_server, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
@@ -109,6 +110,14 @@ def test_a_server_that_quantizes_other_layers_is_refused(model, folder):
     overrides = {"quantization_config": rollout_config(load_qat(folder, NVFP4QATConfig(preset="ffn_only")))}
     with answering(200, model=str(folder), quantization="compressed-tensors", hf_overrides=overrides) as url:
         with pytest.raises(ValueError, match=r"same layers unquantized.*8 differ.*self_attn\.k_proj"):
+            check_server(url, model, rollout_config(model), timeout=0)
+
+
+def test_a_server_with_nvfp4_inputs_is_refused(model, folder):
+    config = quantization_config(rollout_config(model)["ignore"], quantizes_input=True)
+    overrides = {"quantization_config": config}
+    with answering(200, model=str(folder), quantization="compressed-tensors", hf_overrides=overrides) as url:
+        with pytest.raises(ValueError, match="must compute with 16-bit inputs"):
             check_server(url, model, rollout_config(model), timeout=0)
 
 

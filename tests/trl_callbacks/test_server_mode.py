@@ -7,6 +7,7 @@ from conftest import SMALL_ENGINE, load_qat
 from rollout.test_server import answering
 from trl_callbacks.test_callback import folder, logged, make_trainer, rollouts  # noqa: F401
 
+from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations
 from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.sync import check, engine_arguments, worker_of
@@ -143,6 +144,13 @@ def test_a_missing_server_is_an_error_with_the_start_command(folder, tmp_path): 
             load_qat(folder), folder, tmp_path, [rollouts()], vllm_mode="server",
             vllm_server_base_url="http://127.0.0.1:9", vllm_server_timeout=0.1,
         )  # fmt: skip
+
+
+def test_nvfp4_inputs_are_refused_since_a_server_may_leave_them_out(folder, tmp_path, server):  # noqa: F811
+    model = load_qat(folder, NVFP4QATConfig(activations="nvfp4"))
+    calibrate_activations(model, [torch.arange(1, 41).view(2, 20)])
+    with pytest.raises(ValueError, match=r"NVFP4 inputs \(W4A4\).*Use colocate mode"):
+        make_trainer(model, folder, tmp_path, [rollouts()], **server)
 
 
 def test_a_server_of_another_model_is_an_error_with_the_start_command(folder, tmp_path, server):  # noqa: F811
