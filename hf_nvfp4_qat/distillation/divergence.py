@@ -19,7 +19,7 @@ def divergence(
     *,
     temperature: float = 1.0,
     cross_entropy_weight: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """KL(teacher || student) of next-token predictions, summed over the tokens that have a label.
 
     ``temperature**2 * sum_v p_v * (log p_v - log q_v)`` with ``p, q = softmax(logits / temperature)``, so that
@@ -35,8 +35,8 @@ def divergence(
         cross_entropy_weight: of the summed cross entropy that is added to the loss.
 
     Returns:
-        The loss, differentiable; the sum of KL alone and the sum of the cross entropy alone, not differentiable; all
-        float32 ``[]``, in nats.
+        The loss, differentiable; the sum of KL alone, of the cross entropy alone, and of the teacher's cross entropy,
+        not differentiable; all float32 ``[]``, in nats.
 
     Raises:
         ValueError: the two vocabularies differ in size, or a temperature that is not positive.
@@ -57,21 +57,23 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, targets: torch.Tensor, temperature: float, weight: float
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        kl = torch.zeros((), device=student.device)
-        cross_entropy = torch.zeros((), device=student.device)
+        kl, cross_entropy, teacher_cross_entropy = torch.zeros(3, device=student.device).unbind()
         num_rows = max(1, _CHUNK_SIZE // student.shape[-1])
         for start in range(0, len(student), num_rows):
             rows = slice(start, start + num_rows)
             counted = (targets[rows] != IGNORED)[:, None]
             logits = student[rows].float()
             own = torch.log_softmax(logits / temperature, dim=-1)
-            theirs = torch.log_softmax(teacher[rows].float() / temperature, dim=-1)
+            teacher_logits = teacher[rows].float()
+            theirs = torch.log_softmax(teacher_logits / temperature, dim=-1)
             kl += temperature**2 * (theirs.exp() * (theirs - own) * counted).sum()
             own_at_one = own if temperature == 1 else torch.log_softmax(logits, dim=-1)
             labels = targets[rows].clamp(min=0)[:, None]
             cross_entropy -= (own_at_one.gather(1, labels) * counted).sum()
+            normalizer = torch.logsumexp(teacher_logits, dim=-1, keepdim=True)
+            teacher_cross_entropy += ((normalizer - teacher_logits.gather(1, labels)) * counted).sum()
             if gradient is not None:
                 part = temperature * (own.exp() - theirs.exp())
                 if weight:
@@ -79,8 +81,8 @@ class _Divergence(torch.autograd.Function):
                     part.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=part.dtype))
                 gradient[rows] = part * counted
         ctx.gradient = gradient
-        ctx.mark_non_differentiable(kl, cross_entropy)
-        return kl + weight * cross_entropy, kl, cross_entropy
+        ctx.mark_non_differentiable(kl, cross_entropy, teacher_cross_entropy)
+        return kl + weight * cross_entropy, kl, cross_entropy, teacher_cross_entropy
 
     @staticmethod
     @once_differentiable

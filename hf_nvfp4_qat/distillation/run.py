@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.save import save_nvfp4
 from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
-from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.distillation.text import read_documents, sequences
 from hf_nvfp4_qat.distillation.trainer import QADTrainer, Teacher
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
@@ -108,8 +107,6 @@ def distill(
         before = trainer.evaluate()
         trainer.train()
         after = trainer.evaluate()
-        batches = held_out.split(arguments.per_device_eval_batch_size)
-        teacher_loss = _teacher_loss(trainer.teacher, [batch.to(arguments.device) for batch in batches])
         num_tokens = trainer.state.global_step * trainer.get_total_train_batch_size(arguments) * sequence_length
     save_nvfp4(model, destination)
     tokenizer.save_pretrained(destination)
@@ -117,7 +114,7 @@ def distill(
     if not problems.ok:
         raise RuntimeError(f"The saved checkpoint is not the trained model: {problems}")
     return DistillationResult(
-        teacher=teacher_loss,
+        teacher=after["eval_teacher_cross_entropy"],
         before=before["eval_cross_entropy"],
         after=after["eval_cross_entropy"],
         kl_before=before["eval_kl"],
@@ -128,14 +125,3 @@ def distill(
 
 def _rows(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
-
-
-@torch.no_grad()
-def _teacher_loss(teacher: Teacher, batches: list[torch.Tensor]) -> float:
-    total, count = 0.0, 0
-    for batch in batches:
-        logits = teacher({"input_ids": batch})
-        labels = batch.to(logits.device)
-        total += float(divergence(logits, logits, labels)[2])
-        count += int((labels[:, 1:] != IGNORED).sum())
-    return total / count

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.distillation.text import read_documents, sequences
-from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
 
@@ -53,11 +53,13 @@ def measure_sensitivity(
         One entry a group, the largest divergence first.
 
     Raises:
-        ValueError: a model without NVFP4 weights.
+        ValueError: a model without NVFP4 weights, or one whose inputs are NVFP4 too.
     """
     weights = qat_weights(model)
     if not weights:
         raise ValueError(f"{type(model).__name__} has no NVFP4 weights, so nothing can be ranked.")
+    if any(layer.input_amax is not None for layer in qat_modules(model).values()):
+        raise ValueError("Layers are ranked by what their weights cost; give a model with `activations='bf16'`.")
     groups: dict[str, list[str]] = {}
     for name, weight in weights.items():
         # The weights of an experts module have scales of their own, but are excluded together.
@@ -74,12 +76,11 @@ def measure_sensitivity(
             with torch.no_grad():
                 with _quantized_only(model, ()):
                     reference = model(input_ids=batch).logits
-                base = divergence(reference, reference, batch)[2]
                 for place, names in enumerate(groups.values()):
                     with _quantized_only(model, names):
                         logits = model(input_ids=batch).logits
-                    _, kl, cross_entropy = divergence(logits, reference, batch)
-                    sums[place] += torch.stack([cross_entropy - base, kl]).cpu()
+                    _, kl, cross_entropy, before = divergence(logits, reference, batch)
+                    sums[place] += torch.stack([cross_entropy - before, kl]).cpu()
                     progress("measuring", number * len(groups) + place + 1, len(batches) * len(groups))
             num_tokens += int((batch[:, 1:] != IGNORED).sum())
     finally:

@@ -25,8 +25,8 @@ class QADTrainer(Trainer):
     Trainer's. Batches need `labels` (``DataCollatorForLanguageModeling(tokenizer, mlm=False)`` makes them); tokens
     labelled -100 do not count.
 
-    `loss` and `eval_loss` in the logs are this loss; `kl` and `cross_entropy` come beside it, `eval_kl` and
-    `eval_cross_entropy` in evaluations; all in nats a token.
+    `loss` and `eval_loss` in the logs are this loss; `kl`, `cross_entropy` and `teacher_cross_entropy` come
+    beside it, with `eval_` before them in evaluations; all in nats a token.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class QADTrainer(Trainer):
         self.temperature = temperature
         self.cross_entropy_weight = cross_entropy_weight
         self._teacher_logits: torch.Tensor | None = None
-        # Sums of KL and cross entropy and the number of tokens since the last log, by mode.
+        # Sums of KL and both cross entropies, and the number of tokens, since the last log, by mode.
         self._sums: dict[str, torch.Tensor] = {}
         super().__init__(model, args, compute_loss_func=self._loss, **kwargs)
         if not qat_weights(self.model):
@@ -106,7 +106,7 @@ class QADTrainer(Trainer):
     def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         assert self._teacher_logits is not None
         logits = outputs["logits"]
-        loss, kl, cross_entropy = divergence(
+        loss, *parts = divergence(
             logits,
             self._teacher_logits.to(logits.device),
             labels.to(logits.device),
@@ -115,12 +115,12 @@ class QADTrainer(Trainer):
         )
         num_tokens = (labels[:, 1:] != IGNORED).sum().to(logits.device)
         mode = "train" if self.model.training else "eval"
-        sums = torch.stack([kl.double(), cross_entropy.double(), num_tokens.double()])
+        sums = torch.stack([part.double() for part in (*parts, num_tokens)])
         self._sums[mode] = self._sums.get(mode, 0) + sums
         return loss / (num_tokens if num_items_in_batch is None else num_items_in_batch)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with the two parts of the loss among the metrics."""
+        """Trainer's, with the parts of the loss among the metrics."""
         self._sums.pop("eval", None)
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -128,15 +128,16 @@ class QADTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the two parts of the training loss beside it."""
+        """Trainer's, with the parts of the training loss beside it."""
         super().log({**logs, **(self._averages("train") if "loss" in logs else {})}, *args, **kwargs)
 
     def _averages(self, mode: str) -> dict[str, float]:
         sums = self._sums.pop(mode, None)
         if sums is None:
             return {}
-        kl, cross_entropy, num_tokens = self.accelerator.gather(sums).view(-1, 3).sum(0).tolist()
-        return {"kl": kl / num_tokens, "cross_entropy": cross_entropy / num_tokens} if num_tokens else {}
+        *parts, num_tokens = self.accelerator.gather(sums).view(-1, 4).sum(0).tolist()
+        names = ("kl", "cross_entropy", "teacher_cross_entropy")
+        return {name: part / num_tokens for name, part in zip(names, parts, strict=True)} if num_tokens else {}
 
 
 class _ModelTeacher:

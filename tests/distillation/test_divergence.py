@@ -15,7 +15,10 @@ def plain(student, teacher, labels, temperature, weight):
     kl = temperature**2 * F.kl_div(own, theirs, log_target=True, reduction="none").sum(-1)[counted].sum()
     logits = student[:, :-1].flatten(0, 1)
     cross_entropy = F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-    return kl + weight * cross_entropy, kl, cross_entropy
+    of_teacher = F.cross_entropy(
+        teacher[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
+    return kl + weight * cross_entropy, kl, cross_entropy, of_teacher
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
@@ -41,9 +44,10 @@ def test_value_and_gradient_are_those_of_the_formula(temperature, weight, monkey
 def test_equal_logits_have_no_divergence_and_no_gradient():
     logits = torch.randn(2, 5, 11, dtype=torch.bfloat16)
     student = logits.clone().requires_grad_()
-    loss, kl, cross_entropy = divergence(student, logits, torch.ones(2, 5, dtype=torch.long))
+    loss, kl, cross_entropy, of_teacher = divergence(student, logits, torch.ones(2, 5, dtype=torch.long))
     loss.backward()
-    assert kl == 0 and cross_entropy > 0 and not student.grad.any() and student.grad.dtype == torch.bfloat16
+    assert kl == 0 and cross_entropy > 0 and torch.isclose(cross_entropy, of_teacher)
+    assert not student.grad.any() and student.grad.dtype == torch.bfloat16
 
 
 def test_no_gradient_is_computed_where_none_is_wanted():

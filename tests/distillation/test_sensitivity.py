@@ -28,8 +28,7 @@ def test_each_entry_is_what_quantizing_that_group_alone_costs(make):
         alone = prepare_qat(make(initializer_range=0.1), NVFP4QATConfig(exclude=others)).eval()
         with torch.no_grad():
             reference = plain(IDS).logits
-            _, kl, cross_entropy = divergence(alone(IDS).logits, reference, IDS)
-            base = divergence(reference, reference, IDS)[2]
+            _, kl, cross_entropy, base = divergence(alone(IDS).logits, reference, IDS)
         assert entry.kl == pytest.approx(float(kl) / (6 * 31), rel=1e-4)
         assert entry.loss == pytest.approx(float(cross_entropy - base) / (6 * 31), abs=1e-6)
 
@@ -44,6 +43,11 @@ def test_the_model_is_left_as_it_was():
 def test_a_model_without_nvfp4_weights_is_refused():
     with pytest.raises(ValueError, match="has no NVFP4 weights, so nothing can be ranked"):
         measure_sensitivity(tiny_qwen3(), IDS)
+
+
+def test_a_model_with_nvfp4_inputs_is_refused():
+    with pytest.raises(ValueError, match="activations='bf16'"):
+        measure_sensitivity(prepare_qat(tiny_qwen3(), NVFP4QATConfig(activations="nvfp4")), IDS)
 
 
 def test_the_command_writes_a_list_that_quantize_takes(tmp_path):

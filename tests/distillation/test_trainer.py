@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import load_qat, tiny_qwen3, tiny_qwen3_moe
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments, set_seed
 
 from hf_nvfp4_qat import prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.distillation.divergence import divergence
@@ -87,6 +87,20 @@ def test_teachers_come_from_the_models_own_checkpoint_from_a_path_or_from_anywhe
     assert next(own.teacher.model.parameters()).dtype == torch.bfloat16
 
 
+def test_the_teacher_may_be_in_8_bit(qwen3_dir, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    in_8_bit = BitsAndBytesConfig(load_in_8bit=True)
+    teacher = AutoModelForCausalLM.from_pretrained(qwen3_dir, quantization_config=in_8_bit, device_map="cpu")
+    assert teacher.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    kls = []
+    for other in (teacher, None):
+        options = arguments(tmp_path, max_steps=2)
+        trainer = QADTrainer(load_qat(qwen3_dir), options, teacher=other, train_dataset=batches(8))
+        kls.append(trainer.evaluate(batches(8))["eval_kl"])
+        trainer.train()
+    assert kls[0] == pytest.approx(kls[1], rel=0.3)
+
+
 def test_cross_entropy_can_be_added(qwen3_dir, tmp_path):
     model, teacher = load_qat(qwen3_dir), AutoModelForCausalLM.from_pretrained(qwen3_dir)
     trainer = QADTrainer(model, arguments(tmp_path), teacher=teacher, temperature=2.0, cross_entropy_weight=0.5)
@@ -94,7 +108,8 @@ def test_cross_entropy_can_be_added(qwen3_dir, tmp_path):
     ids = torch.tensor(batches(8)["input_ids"])
     with torch.no_grad():
         expected = divergence(model(ids).logits, teacher(ids).logits, ids, temperature=2.0, cross_entropy_weight=0.5)
-    for name, value in zip(("eval_loss", "eval_kl", "eval_cross_entropy"), expected, strict=True):
+    names = ("eval_loss", "eval_kl", "eval_cross_entropy", "eval_teacher_cross_entropy")
+    for name, value in zip(names, expected, strict=True):
         assert metrics[name] == pytest.approx(float(value) / (8 * 23), rel=1e-4)
 
 
