@@ -20,6 +20,7 @@ from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 from hf_nvfp4_qat.checkpoint.save import save_nvfp4
 from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.quantizer.load import load_nvfp4
+from hf_nvfp4_qat.version import __version__ as __version__
 
 if TYPE_CHECKING:
     # Across GPUs: FSDP2 that gathers QAT weights in 4 bits
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 
     # Rollouts: packed weights into vLLM before each generation
     from hf_nvfp4_qat.trl_callbacks.callback import NVFP4RolloutCallback
-
-__version__ = "0.1.0"
 
 __all__ = [
     "NVFP4FSDPCallback",

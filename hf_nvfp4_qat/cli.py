@@ -1,4 +1,4 @@
-"""The command line: `nvfp4-qat quantize`, `distill`, `sensitivity`, `verify`, `inspect`, `dequantize`."""
+"""The command line: `nvfp4-qat quantize`, `distill`, `sensitivity`, `verify`, `inspect`, `dequantize`, `convert`."""
 
 import json
 import sys
@@ -261,6 +261,22 @@ def dequantize(
         _refuse_occupied(destination, overwrite)
         num_layers = dequantize_checkpoint(source, destination, max_shard_size=max_shard_size, progress=advance)
     console.print(f"{num_layers} layers unpacked to {destination}", soft_wrap=True)
+
+
+@app.command()
+def convert(
+    source: Source,
+    destination: Destination,
+    to: Annotated[str, typer.Option(help="modelopt or compressed-tensors.")] = "modelopt",
+    overwrite: Overwrite = False,
+) -> None:
+    """Rewrite a packed checkpoint in ModelOpt's dialect, or back: the same numbers, losslessly."""
+    with _readable_errors(), _progress_bar() as advance:
+        from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint
+
+        _refuse_occupied(destination, overwrite)
+        num_layers = convert_checkpoint(source, destination, to, progress=advance)
+    console.print(f"{num_layers} layers in the dialect of {to} in {destination}", soft_wrap=True)
 
 
 @app.command()

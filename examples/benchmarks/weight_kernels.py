@@ -22,6 +22,7 @@ from report import plot_bars, record
 from triton.testing import do_bench
 
 from hf_nvfp4_qat.numerics import triton_kernels
+from hf_nvfp4_qat.numerics.activations import fake_quantize_activation
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
 from hf_nvfp4_qat.numerics.quantize import (
     fake_quantize_unchecked,
@@ -97,14 +98,19 @@ def own_scale(weight: torch.Tensor) -> torch.Tensor:
     return global_decode_scale_of_amax(global_amax(weight))
 
 
-def fake_quantize(weight: torch.Tensor) -> Callable[[], object]:
+def fake_quantize(weight: torch.Tensor, scale_rule: str = "amax") -> Callable[[], object]:
     scale = own_scale(weight)
-    return lambda: fake_quantize_unchecked(weight, scale)
+    return lambda: fake_quantize_unchecked(weight, scale, scale_rule=scale_rule)
 
 
-def encode(weight: torch.Tensor) -> Callable[[], object]:
+def fake_quantize_input(x: torch.Tensor) -> Callable[[], object]:
+    scale = own_scale(x)
+    return lambda: fake_quantize_activation(x, scale)
+
+
+def encode(weight: torch.Tensor, scale_rule: str = "amax") -> Callable[[], object]:
     scale = own_scale(weight)
-    return lambda: triton_kernels.quantize(weight, scale)
+    return lambda: triton_kernels.quantize(weight, scale, scale_rule)
 
 
 def decode(weight: torch.Tensor) -> Callable[[], object]:
@@ -112,7 +118,17 @@ def decode(weight: torch.Tensor) -> Callable[[], object]:
     return encoded.dequantize
 
 
-OURS = {"device copy": copy, "fake quantize": fake_quantize, "encode": encode, "decode": decode}
+OURS = {
+    "device copy": copy,
+    "fake quantize": fake_quantize,
+    "encode": encode,
+    "decode": decode,
+    "fake quantize, four_over_six": partial(fake_quantize, scale_rule="four_over_six"),
+    "fake quantize, mse": partial(fake_quantize, scale_rule="mse"),
+    "encode, four_over_six": partial(encode, scale_rule="four_over_six"),
+    "encode, mse": partial(encode, scale_rule="mse"),
+    "fake quantize an input (W4A4)": fake_quantize_input,
+}
 
 
 def of_one_weight(rows: int, columns: int) -> tuple[dict[str, float], list[str]]:

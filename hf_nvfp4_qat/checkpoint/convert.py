@@ -4,16 +4,20 @@ Weights stream from file to file. Quantizing needs each fused group's largest ma
 twice: once for the global scales, once to pack.
 """
 
+import json
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import (
     CONFIG_FILE,
+    HF_QUANT_CONFIG,
+    INDEX_FILE,
     PARTIAL_SUFFIX,
     CheckpointReader,
     StagedFiles,
@@ -21,6 +25,15 @@ from hf_nvfp4_qat.checkpoint.files import (
     staged_files,
 )
 from hf_nvfp4_qat.checkpoint.load import check_packed
+from hf_nvfp4_qat.checkpoint.modelopt import (
+    ModelOptReader,
+    from_modelopt,
+    hf_quant_config,
+    modelopt_config,
+    open_checkpoint,
+    to_modelopt,
+    unpacked_layers,
+)
 from hf_nvfp4_qat.checkpoint.names import (
     INPUT_GLOBAL_SCALE,
     PACKED,
@@ -32,6 +45,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.save import (
     DEFAULT_SHARD_SIZE,
+    check_dialect,
     packed_config,
     packed_weights,
     plan_files,
@@ -67,7 +81,7 @@ def ptq_sources(
             "weights alone. Load it with `from_pretrained(..., quantization_config=...)`, call "
             "`calibrate_activations(model, batches)` and save it, or use `distill`."
         )
-    reader = CheckpointReader(directory)
+    reader = open_checkpoint(directory)
     if existing := reader.config().get("quantization_config"):
         raise ValueError(
             f"Post-training quantization starts from unquantized weights; {directory} says "
@@ -148,7 +162,7 @@ def dequantize_checkpoint(
     Returns:
         The number of decoded layers.
     """
-    reader = CheckpointReader(resolve_checkpoint(source))
+    reader = open_checkpoint(resolve_checkpoint(source))
     check_packed(reader)
     layers = quantized_layers(reader.names)
     replaced = {
@@ -172,6 +186,61 @@ def dequantize_checkpoint(
     return len(layers)
 
 
+def convert_checkpoint(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    dialect: str,
+    *,
+    progress: Progress = lambda stage, done, total: None,
+) -> int:
+    """Write a packed NVFP4 checkpoint in the other dialect: the same codes, scales and files under other names.
+
+    There and back gives the same tensors, byte for byte. One file is in memory at a time.
+
+    Args:
+        source: directory or Hub id, in either dialect.
+        destination: directory to write, complete or not at all.
+        dialect: "modelopt" or "compressed-tensors".
+        progress: called after each file.
+
+    Returns:
+        The number of packed layers.
+
+    Raises:
+        ValueError: the checkpoint is in that dialect already, or has what it cannot say; nothing is written then.
+    """
+    check_dialect(dialect)
+    reader = open_checkpoint(resolve_checkpoint(source))
+    check_packed(reader)
+    if isinstance(reader, ModelOptReader) == (dialect == "modelopt"):
+        raise ValueError(f"{reader.directory} is in the dialect of {dialect} already.")
+    config = reader.config()
+    if dialect == "modelopt":
+        config["quantization_config"] = modelopt_config(config["quantization_config"], unpacked=unpacked_layers(reader))
+    by_file: dict[str, list[str]] = {}
+    for name, file in reader.file_of.items():
+        by_file.setdefault(file, []).append(name)
+    weight_map: dict[str, str] = {}
+    with staged_files(destination) as staged:
+        for number, (file, names) in enumerate(by_file.items(), start=1):
+            if isinstance(reader, ModelOptReader):
+                tensors, metadata = from_modelopt(reader, names)
+            else:
+                read = {name: reader.get_tensor(name) for name in names}
+                tensors, metadata = to_modelopt(read, reader.metadata(names[0]))
+            save_file(tensors, staged.path(file), metadata=metadata)
+            weight_map.update(dict.fromkeys(tensors, file))
+            progress("converting", number, len(by_file))
+        if (reader.directory / INDEX_FILE).is_file():
+            index = json.loads((reader.directory / INDEX_FILE).read_text(encoding="utf-8"))
+            staged.write_json(INDEX_FILE, {**index, "weight_map": weight_map})
+        _copy_other_files(reader.directory, staged)
+        if dialect == "modelopt":
+            staged.write_json(HF_QUANT_CONFIG, hf_quant_config(config["quantization_config"]))
+        staged.write_json(CONFIG_FILE, config)
+    return len(quantized_layers(reader.names))
+
+
 def _decode(layer: str, reader: CheckpointReader) -> torch.Tensor:
     return from_checkpoint(layer, reader.get_tensor).dequantize(SERVED_DTYPE)
 
@@ -187,5 +256,10 @@ def _copy_other_files(directory: Path, staged: StagedFiles) -> None:
     """Tokenizer, generation config, chat template, code: everything beside weights and config.json."""
     for path in sorted(directory.iterdir()):
         is_weights = path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", PARTIAL_SUFFIX))
-        if path.is_file() and not is_weights and path.name != CONFIG_FILE and not path.name.startswith("."):
+        if (
+            path.is_file()
+            and not is_weights
+            and path.name not in (CONFIG_FILE, HF_QUANT_CONFIG)
+            and not path.name.startswith(".")
+        ):
             staged.path(path.name).write_bytes(path.read_bytes())

@@ -13,6 +13,8 @@ from safetensors import safe_open
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+HF_QUANT_CONFIG = "hf_quant_config.json"
+"""Which ModelOpt's checkpoints have beside config.json."""
 PARTIAL_SUFFIX = ".nvfp4-partial"
 
 
@@ -57,9 +59,9 @@ def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
         if CONFIG_FILE in staged.names:
             (directory / CONFIG_FILE).unlink(missing_ok=True)
         if any(_WEIGHTS_FILE.fullmatch(name) for name in staged.names):
-            for older in weight_files(directory):
+            for older in (*weight_files(directory), directory / HF_QUANT_CONFIG):
                 if older.name not in staged.names:
-                    older.unlink()
+                    older.unlink(missing_ok=True)
         for name in sorted(dict.fromkeys(staged.names), key=lambda name: name == CONFIG_FILE):
             os.replace(directory / f"{name}{PARTIAL_SUFFIX}", directory / name)
     finally:
@@ -107,6 +109,8 @@ class CheckpointReader:
             self.file_of = dict.fromkeys(_tensor_names(single), single.name)
         elif index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if outside := [file for file in weight_map.values() if Path(file).name != file]:
+                raise ValueError(f"{index} must name files beside it; it names {outside[0]!r}. Do not trust it.")
             missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
             if missing:
                 raise ValueError(
@@ -149,17 +153,24 @@ class CheckpointReader:
             ValueError: the file that should hold it does not, or cannot be read.
         """
         try:
-            return self._file(name).get_tensor(name)
+            return self._file(name).get_tensor(self._name_in_file(name))
         except Exception as error:  # safetensors raises a type of its own
             raise ValueError(f"{self.directory / self.file_of[name]} cannot give {name}: {error}") from error
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype name, shape) of a tensor, without reading it."""
         try:
-            view = self._file(name).get_slice(name)
+            view = self._file(name).get_slice(self._name_in_file(name))
         except Exception as error:
             raise ValueError(f"{self.directory / self.file_of[name]} cannot give {name}: {error}") from error
         return view.get_dtype(), tuple(view.get_shape())
+
+    def metadata(self, name: str) -> dict[str, str]:
+        """Metadata of the file that a tensor is in."""
+        return self._file(name).metadata() or {}
+
+    def _name_in_file(self, name: str) -> str:
+        return name
 
     def _file(self, name: str) -> Any:
         file = self.file_of[name]

@@ -11,6 +11,7 @@ import torch
 from hf_nvfp4_qat.checkpoint.convert import Progress, ptq_sources
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
+from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import from_checkpoint, layer_of, quantized_layers
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, E4M3_MIN_NORMAL
@@ -114,11 +115,11 @@ def inspect_checkpoint(
         ValueError: nothing to inspect at `path`, or `original` lacks a layer.
     """
     directory = resolve_checkpoint(path)
-    reader = CheckpointReader(directory)
+    reader = open_checkpoint(directory)
     if not quantized_layers(reader.names):
         return list(_inspect_unquantized(directory, Recipe(scale_rule=scale_rule), progress))
     check_packed(reader)
-    originals = None if original is None else CheckpointReader(resolve_checkpoint(original))
+    originals = None if original is None else open_checkpoint(resolve_checkpoint(original))
     return list(_inspect_packed(reader, originals, progress))
 
 

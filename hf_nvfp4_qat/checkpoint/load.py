@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
+from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
     FORMAT,
@@ -115,7 +116,7 @@ def load_decoded(path: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedMode
     from hf_nvfp4_qat.checkpoint.skeleton import model_class, unquantized_config
 
     directory = resolve_checkpoint(path, revision=kwargs.pop("revision", None), token=kwargs.pop("token", None))
-    reader = CheckpointReader(directory)
+    reader = open_checkpoint(directory)
     check_packed(reader)
     config = unquantized_config(directory)
     kwargs.setdefault("dtype", SERVED_DTYPE)

@@ -1,4 +1,4 @@
-"""The only file with checkpoint keys and stored scale directions: compressed-tensors `nvfp4-pack-quantized`.
+"""Checkpoint keys and stored scale directions: compressed-tensors `nvfp4-pack-quantized`.
 
 For a layer ``x`` the checkpoint holds, instead of ``x.weight`` [N, K]:
 
@@ -7,7 +7,8 @@ For a layer ``x`` the checkpoint holds, instead of ``x.weight`` [N, K]:
     x.weight_global_scale   float32        [1]           the encode direction: 1 / global_decode_scale
     x.input_global_scale    float32        [1]           the same of the inputs; only where they are NVFP4 too (W4A4)
 
-A power of two has an exact reciprocal, so the stored scale and ours carry the same information.
+A power of two has an exact reciprocal, so the stored scale and ours carry the same information. No other file has these
+keys, but modelopt.py, which translates them.
 """
 
 from collections.abc import Callable

@@ -18,8 +18,16 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, INDEX_FILE, StagedFiles, staged_files, weight_files
-from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, quantization_config
+from hf_nvfp4_qat.checkpoint.files import (
+    CONFIG_FILE,
+    HF_QUANT_CONFIG,
+    INDEX_FILE,
+    StagedFiles,
+    staged_files,
+    weight_files,
+)
+from hf_nvfp4_qat.checkpoint.modelopt import hf_quant_config, modelopt_config, to_modelopt
+from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.distributed.gather import is_sharded, on_main_process, reshard
 from hf_nvfp4_qat.modules.swap import qat_weights
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAVE_FORMATS = ("auto", "master", "nvfp4")
+DIALECTS = ("compressed-tensors", "modelopt")
 DEFAULT_SHARD_SIZE = "5GB"
 _HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private")
 
@@ -39,14 +48,15 @@ def save_nvfp4(
     path: str | os.PathLike,
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
+    dialect: str = "compressed-tensors",
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> list[str]:
-    """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`.
+    """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`, or ModelOpt's.
 
-    vLLM, SGLang and plain Transformers (with compressed-tensors) load it without this package. What is not quantized
-    is written in bfloat16. Weights are packed one at a time; the extra memory is one shard. All files appear
-    together when complete.
+    vLLM, SGLang and plain Transformers (with compressed-tensors) load the first without this package; vLLM,
+    TensorRT-LLM and SGLang, on Hopper too, the second. What is not quantized is written in bfloat16. Weights are
+    packed one at a time; the extra memory is one shard. All files appear together when complete.
 
     Of a model sharded by FSDP2 every process must call this, unless a full `state_dict` is given: each packs its rows,
     packed bytes are gathered, and the first process writes. If it fails, all raise.
@@ -55,6 +65,7 @@ def save_nvfp4(
         model: a QAT model.
         path: directory, made if missing.
         state_dict: full master weights by module name, if they are not to be taken from the model.
+        dialect: "compressed-tensors" or "modelopt".
         max_shard_size: bytes, or a string such as "5GB".
         progress: called after each weight with (weights done, weights in all).
 
@@ -62,9 +73,10 @@ def save_nvfp4(
         Names of the files written by this process.
 
     Raises:
-        ValueError: `model` has no QAT layer, weights cannot be packed or are missing, `path` is a file. Nothing is
-            written then.
+        ValueError: an unknown `dialect`, `model` has no QAT layer, weights cannot be packed or are missing, `path` is
+            a file. Nothing is written then.
     """
+    check_dialect(dialect)
     if not qat_weights(model):
         raise ValueError(
             f"save_nvfp4 writes models trained in NVFP4; {type(model).__name__} has no QAT layers. Load it with "
@@ -76,7 +88,11 @@ def save_nvfp4(
 
     def write(weights: Iterator[dict[str, torch.Tensor]]) -> list[str]:
         with staged_files(path) as staged:
-            write_weights(files, weights, staged, progress=progress)
+            write_weights(files, weights, staged, dialect=dialect, progress=progress)
+            if dialect == "modelopt":
+                unpacked = [layer_of(source.name) for source in sources if not source.is_quantized]
+                config["quantization_config"] = modelopt_config(config["quantization_config"], unpacked=unpacked)
+                staged.write_json(HF_QUANT_CONFIG, hf_quant_config(config["quantization_config"]))
             staged.write_json(CONFIG_FILE, config)
             if model.can_generate():
                 staged.write_json("generation_config.json", model.generation_config.to_diff_dict())
@@ -86,6 +102,16 @@ def save_nvfp4(
     if any(source.shard is not None for source in sources):
         return on_main_process(write, weights)
     return write(weights)
+
+
+def check_dialect(dialect: str) -> None:
+    """Refuse an unknown one.
+
+    Raises:
+        ValueError: not among `DIALECTS`.
+    """
+    if dialect not in DIALECTS:
+        raise ValueError(f"`dialect` is one of {', '.join(DIALECTS)}; got {dialect!r}.")
 
 
 def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[TensorSource]) -> dict[str, Any]:
@@ -134,6 +160,7 @@ def write_weights(
     weights: Iterator[dict[str, torch.Tensor]],
     staged: StagedFiles,
     *,
+    dialect: str = "compressed-tensors",
     progress: Callable[[int, int], None] = lambda num_done, total: None,
 ) -> None:
     """Write model.safetensors, or shards with an index. One shard is in memory at a time.
@@ -142,6 +169,7 @@ def write_weights(
         files: what ``plan_files`` gives.
         weights: what ``packed_weights`` gives for it.
         staged: where to.
+        dialect: of `DIALECTS`.
         progress: called after each weight with (weights done, weights in all).
     """
     sources = [source for contents in files.values() for source in contents]
@@ -153,14 +181,17 @@ def write_weights(
             shard.update({key: tensor.cpu() for key, tensor in next(weights).items()})
             num_done += 1
             progress(num_done, len(sources))
-        save_file(shard, staged.path(file), metadata={"format": "pt"})
+        metadata = {"format": "pt"}
+        if dialect == "modelopt":
+            shard, metadata = to_modelopt(shard, metadata)
+        save_file(shard, staged.path(file), metadata=metadata)
         weight_map.update(dict.fromkeys(shard, file))
     if len(files) > 1:
-        metadata = {
+        sizes = {
             "total_size": sum(source.nbytes for source in sources),
             "total_parameters": sum(torch.Size(source.shape).numel() for source in sources),
         }
-        staged.write_json(INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
+        staged.write_json(INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
 
 
 def is_training_checkpoint(directory: str | os.PathLike) -> bool:
@@ -189,6 +220,7 @@ class SavePretrained:
         max_shard_size: int | str = DEFAULT_SHARD_SIZE,
         variant: str | None = None,
         token: str | bool | None = None,
+        dialect: str = "compressed-tensors",
         **kwargs: Any,
     ) -> None:
         """As ``PreTrainedModel.save_pretrained``, in the format of the class docstring.
@@ -202,6 +234,7 @@ class SavePretrained:
             max_shard_size: bytes, or a string such as "5GB".
             variant: as upstream for master weights; a packed checkpoint has none.
             token, kwargs: as upstream.
+            dialect: of a packed checkpoint, as for ``save_nvfp4``.
 
         Raises:
             ValueError: as ``save_nvfp4``, or a `variant` for a packed checkpoint.
@@ -237,7 +270,9 @@ class SavePretrained:
                 raise ValueError(
                     f"A packed checkpoint has no variants; got variant={variant!r}. Give it a directory of its own."
                 )
-            files = save_nvfp4(self.model, save_directory, state_dict=state_dict, max_shard_size=max_shard_size)
+            files = save_nvfp4(
+                self.model, save_directory, state_dict=state_dict, dialect=dialect, max_shard_size=max_shard_size
+            )
             if push_to_hub and files:
                 self._push(save_directory, files, token=token, **hub_options)
 

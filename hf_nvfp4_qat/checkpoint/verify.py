@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
+from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
     GLOBAL_ENCODE_SCALE,
@@ -67,6 +68,8 @@ class Verification:
 def verify_nvfp4(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Verification:
     """Check a packed checkpoint tensor by tensor: names, shapes, dtypes, scale ranges, fused groups, `ignore`.
 
+    One in ModelOpt's dialect is checked, and reported, under the names of compressed-tensors.
+
     Args:
         path: directory or Hub repository id.
         model: a QAT model; its weights as served must then equal the decoded tensors, bit for bit. Of a sharded one
@@ -78,7 +81,7 @@ def verify_nvfp4(path: str | os.PathLike, model: PreTrainedModel | None = None) 
     Raises:
         ValueError: `path` holds no readable safetensors checkpoint at all.
     """
-    reader = CheckpointReader(resolve_checkpoint(path))
+    reader = open_checkpoint(resolve_checkpoint(path))
     report = Verification(reader.directory, num_tensors=len(reader.names))
     layers = quantized_layers(reader.names)
     report.num_layers = len(layers)

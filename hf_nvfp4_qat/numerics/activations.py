@@ -13,7 +13,7 @@ large, and a block larger than the global scale has room for is clipped. With ``
 
 import torch
 
-from hf_nvfp4_qat.numerics.eager import _round_to_e2m1_
+from hf_nvfp4_qat.numerics.eager import round_to_e2m1_
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX
 from hf_nvfp4_qat.numerics.implementations import resolve
 
@@ -58,7 +58,7 @@ def _fake_quantize_activation(x: torch.Tensor, global_decode_scale: torch.Tensor
     scale = torch.where(block_max.isfinite(), scale, torch.nan)
     inverse = torch.where(scale == 0, scale, 1 / scale)
     scaled = blocks * inverse
-    return _round_to_e2m1_(scaled, torch.empty_like(scaled)).mul_(scale).view(x.shape).to(x.dtype)
+    return round_to_e2m1_(scaled, torch.empty_like(scaled)).mul_(scale).view(x.shape).to(x.dtype)
 
 
 @torch.library.custom_op("hf_nvfp4_qat::fake_quantize_activation", mutates_args=())

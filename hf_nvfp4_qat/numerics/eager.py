@@ -54,7 +54,7 @@ def _block_scales(
     for other in _other_scales(block_max, first, scale_rule):
         scale = other.float()
         error = _squared_error(relative, scale, scratch)
-        e2m1_max = _round_to_e2m1_(block_max / scale, torch.empty_like(scale))
+        e2m1_max = round_to_e2m1_(block_max / scale, torch.empty_like(scale))
         is_better = (error < least) & (e2m1_max >= 4) & (~is_top | (e2m1_max * scale >= TOP_VALUE_MIN))
         chosen, least = torch.where(is_better, other.view(torch.uint8), chosen), torch.where(is_better, error, least)
     return chosen.view(torch.float8_e4m3fn)
@@ -73,14 +73,14 @@ def _other_scales(block_max: torch.Tensor, first: torch.Tensor, scale_rule: str)
 
 def _squared_error(relative: torch.Tensor, scale: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """As ``reference.squared_error``, of float32 ``[B, 16]`` that is divided by the global scale already."""
-    values = _round_to_e2m1_(relative / scale, scratch)
+    values = round_to_e2m1_(relative / scale, scratch)
     error = values.mul_(scale).sub_(relative).square_()
     while error.shape[-1] > 1:
         error = error[:, 0::2] + error[:, 1::2]
     return error
 
 
-def _round_to_e2m1_(scaled: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+def round_to_e2m1_(scaled: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Round float32 `scaled` to E2M1 values in place; `scratch` is a float32 buffer of the same shape."""
     torch.bitwise_and(scaled.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
     scratch.clamp_(min=1.0).mul_(_ROUNDING_CONSTANT)
@@ -113,7 +113,7 @@ def fake_quantize(blocks: torch.Tensor, global_decode_scale: torch.Tensor, scale
         scale = _block_scales(blocks[chunk], global_decode_scale, scale_rule, scratch).float()
         scale = scale.mul_(global_decode_scale)
         scaled.copy_(blocks[chunk]).div_(scale)
-        fake_quantized[chunk] = _round_to_e2m1_(scaled, scratch).mul_(scale)
+        fake_quantized[chunk] = round_to_e2m1_(scaled, scratch).mul_(scale)
     return fake_quantized
 
 
@@ -136,7 +136,7 @@ def quantize(
     for chunk, scaled, scratch in _chunks(blocks):
         block_scale[chunk] = _block_scales(blocks[chunk], global_decode_scale, scale_rule, scratch)
         scaled.copy_(blocks[chunk]).div_(block_scale[chunk].float().mul_(global_decode_scale))
-        code = _codes_of_e2m1_values(_round_to_e2m1_(scaled, scratch))
+        code = _codes_of_e2m1_values(round_to_e2m1_(scaled, scratch))
         torch.bitwise_or(code[:, 0::2], code[:, 1::2] << 4, out=packed[chunk])
     return packed, block_scale
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.implementations import launching_on
-from hf_nvfp4_qat.numerics.triton_kernels import _round_to_e2m1
+from hf_nvfp4_qat.numerics.triton_kernels import round_to_e2m1
 
 _BLOCKS_PER_PROGRAM = 64
 
@@ -33,7 +33,7 @@ def _fake_quantize_kernel(x_ptr, global_scale_ptr, out_ptr, num_blocks, R: tl.co
     scale = tl.where(scale < 0.015625, subnormal, normal) * global_scale
     inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(1.0, tl.where(scale == 0.0, 1.0, scale)))
     scale = tl.where(is_finite, scale, float("nan"))
-    value = _round_to_e2m1(x * inverse[:, None]) * scale[:, None]
+    value = round_to_e2m1(x * inverse[:, None]) * scale[:, None]
     tl.store(out_ptr + first * 16 + offsets, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 

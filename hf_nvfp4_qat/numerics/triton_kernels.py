@@ -109,7 +109,7 @@ def _load_blocks(
 
 
 @triton.jit
-def _round_to_e2m1(scaled):
+def round_to_e2m1(scaled):
     """E2M1 values, as fp32, of fp32 that has 12 significant bits."""
     scaled = tl.minimum(tl.maximum(scaled, -6.0), 6.0)
     p = tl.maximum(scaled.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
@@ -135,7 +135,7 @@ def _value(top):
 def _squared_error(relative, top, R: tl.constexpr):
     """As ``reference.squared_error``, in the same order, of fp32 `relative` [R, 16]."""
     scale = _value(top)[:, None]
-    difference = relative - _round_to_e2m1(_keep_12_bits(relative * (1.0 / scale))) * scale
+    difference = relative - round_to_e2m1(_keep_12_bits(relative * (1.0 / scale))) * scale
     even, odd = tl.split(tl.reshape(difference * difference, (R, 8, 2)))
     even, odd = tl.split(tl.reshape(even + odd, (R, 4, 2)))
     even, odd = tl.split(tl.reshape(even + odd, (R, 2, 2)))
@@ -164,7 +164,7 @@ def _block_scales(x, global_decode_scale, RULE: tl.constexpr, R: tl.constexpr):
             else:
                 other = tl.minimum(first + step, 1086)  # 448
             error = _squared_error(relative, other, R)
-            e2m1_max = _round_to_e2m1(_keep_12_bits(block_max * (1.0 / _value(other))))
+            e2m1_max = round_to_e2m1(_keep_12_bits(block_max * (1.0 / _value(other))))
             is_better = (error < least) & (e2m1_max >= 4.0)
             is_better = is_better & ((e2m1_max * _value(other) >= TOP_VALUE_MIN) | (is_at_top == 0))
             top = tl.where(is_better, other, top)
@@ -182,7 +182,7 @@ def _fake_quantize_kernel(
         x_ptr, num_blocks, blocks_per_row, stride_e, stride_n, stride_k, programs_per_matrix, DENSE, R
     )
     _, scale = _block_scales(x, tl.load(global_scale_ptr + matrix), RULE, R)
-    value = _round_to_e2m1(_keep_12_bits(x * (1.0 / scale)[:, None])) * scale[:, None]
+    value = round_to_e2m1(_keep_12_bits(x * (1.0 / scale)[:, None])) * scale[:, None]
     offsets = tl.arange(0, R)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(out_ptr + first * 16 + offsets, value.to(tl.bfloat16), mask=inside[:, None])
 

@@ -361,8 +361,8 @@ def test_weights_that_arrive_changed_stop_training(folder, tmp_path, monkeypatch
 
     pack = stream_module.to_checkpoint
 
-    def wrong(layer, packed):
-        tensors = pack(layer, packed)
+    def wrong(layer, packed, input_scale):
+        tensors = pack(layer, packed, input_scale)
         if layer.endswith("1.self_attn.v_proj"):
             tensors[f"{layer}.weight_packed"] = tensors[f"{layer}.weight_packed"].flip(0)
         return tensors

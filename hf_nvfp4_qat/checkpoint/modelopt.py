@@ -1,0 +1,275 @@
+"""ModelOpt's dialect of the same numbers, for TensorRT-LLM, and SGLang on Hopper: other names, other directions.
+
+    here (compressed-tensors)                       there
+    -------------------------                       ------------------------------------------------------
+    x.weight_packed         uint8   [N, K / 2]      x.weight          the same bytes
+    x.weight_scale          e4m3    [N, K / 16]     x.weight_scale    the same bytes
+    x.weight_global_scale   float32 [1]             x.weight_scale_2  its reciprocal, float32 []
+    x.input_global_scale    float32 [1]             x.input_scale     its reciprocal, float32 []
+    config.json                                     config.json with other keys, and hf_quant_config.json
+
+A power of two survives two reciprocals. Other tools' scales may lose their last bit, so one that does is kept beside
+its reciprocal in the metadata of the safetensors file, and comes back exact.
+
+``ModelOptReader`` shows such a checkpoint under the names here, so whatever reads one dialect reads both.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader
+from hf_nvfp4_qat.checkpoint.names import (
+    BLOCK_SCALE,
+    GLOBAL_ENCODE_SCALE,
+    INPUT_GLOBAL_SCALE,
+    PACKED,
+    layer_of,
+    quantization_config,
+    scale_rule_of,
+)
+from hf_nvfp4_qat.modules.swap import matches
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+from hf_nvfp4_qat.version import __version__
+
+QUANT_METHOD = "modelopt"
+_QUANT_METHODS = ("modelopt", "modelopt_fp4")
+_ALGORITHMS = {"W4A16_NVFP4": False, "NVFP4": True}
+"""Name to whether inputs are quantized."""
+
+_EXACT = "nvfp4_exact_scales"
+_RECIPROCALS = {GLOBAL_ENCODE_SCALE: "weight_scale_2", INPUT_GLOBAL_SCALE: "input_scale"}
+_NAMES = {PACKED: "weight", BLOCK_SCALE: BLOCK_SCALE, **_RECIPROCALS}
+
+
+def to_modelopt(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a packed file in ModelOpt's dialect.
+
+    Args:
+        tensors: by their names here; those of a layer need not be together.
+        metadata: of the safetensors file they come from.
+
+    Returns:
+        The tensors by ModelOpt's names, and the metadata of the file to write.
+    """
+    known = _exact_scales(metadata)
+    found: dict[str, torch.Tensor] = {}
+    exact: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        there = f"{layer}.{_NAMES[part]}" if part in _NAMES else name
+        if part in _RECIPROCALS:
+            tensor, lost = _turned_around(tensor, known.get(name))
+            exact.update({there: lost} if lost else {})
+        found[there] = tensor
+    return found, _with_exact_scales(metadata, exact)
+
+
+def from_modelopt(reader: "ModelOptReader", names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The way back.
+
+    Args:
+        reader: of the checkpoint.
+        names: names here, of tensors of one file.
+
+    Returns:
+        The tensors by their names here, and the metadata of the file to write.
+    """
+    tensors = {name: reader.get_tensor(name) for name in names}
+    exact = {name: lost for name in names if (lost := reader.lost_by_turning_around(name))}
+    return tensors, _with_exact_scales(reader.metadata(names[0]), exact)
+
+
+def modelopt_config(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of the same checkpoint in ModelOpt's dialect.
+
+    Args:
+        config: that of a packed checkpoint here.
+        unpacked: checkpoint names of the layers with a matrix that is not packed; patterns in `ignore` stand for these.
+
+    Raises:
+        ValueError: several groups, transforms, or a cache that is quantized to something other than FP8.
+    """
+    groups = config.get("config_groups") or {}
+    if len(groups) != 1 or config.get("transform_config"):
+        raise ValueError(
+            f"ModelOpt's dialect is written for one NVFP4 recipe; this checkpoint has {len(groups)} config groups"
+            f"{' and transforms' if config.get('transform_config') else ''}. It can only stay as it is."
+        )
+    group = next(iter(groups.values()))
+    cache = config.get("kv_cache_scheme")
+    if cache and (cache.get("num_bits"), cache.get("type")) != (8, "float"):
+        raise ValueError(f"ModelOpt's dialect is written with an FP8 cache or none; kv_cache_scheme is {cache}.")
+    numbers = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
+    observer = {name: group["weights"][name] for name in ("observer_kwargs",) if group["weights"].get(name)}
+    inputs = {"input_activations": numbers} if group.get("input_activations") else {}
+    return {
+        "quant_method": QUANT_METHOD,
+        "quant_algo": "NVFP4" if inputs else "W4A16_NVFP4",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**numbers, **observer}, **inputs}},
+        "ignore": _spelled_out(config.get("ignore") or [], unpacked, matches),
+        "producer": {"name": "hf_nvfp4_qat", "version": __version__},
+        **({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if cache else {}),
+    }
+
+
+def hf_quant_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of hf_quant_config.json for a `quantization_config` of ``modelopt_config``."""
+    return {
+        "producer": config["producer"],
+        "quantization": {
+            "quant_algo": config["quant_algo"],
+            "kv_cache_quant_algo": "FP8" if config.get("kv_cache_scheme") else None,
+            "group_size": BLOCK_SIZE,
+            "exclude_modules": config["ignore"],
+        },
+    }
+
+
+class ModelOptReader(CheckpointReader):
+    """A checkpoint in ModelOpt's dialect, under the names and in the directions of compressed-tensors.
+
+    Attributes:
+        stored_name: name here to the name in the file.
+
+    Raises:
+        ValueError: as ``CheckpointReader``.
+    """
+
+    def __init__(self, directory: str | os.PathLike) -> None:
+        super().__init__(directory)
+        layers = {name.rpartition(".")[0] for name in self.file_of if name.endswith(".weight_scale_2")}
+        here = {there: part for part, there in _NAMES.items()}
+        self.stored_name: dict[str, str] = {}
+        for name in self.file_of:
+            layer, _, part = name.rpartition(".")
+            self.stored_name[f"{layer}.{here[part]}" if layer in layers and part in here else name] = name
+        self.file_of = {name: self.file_of[stored] for name, stored in self.stored_name.items()}
+
+    def config(self) -> dict[str, Any]:
+        """config.json with the `quantization_config` that compressed-tensors would have.
+
+        Raises:
+            ValueError: as ``CheckpointReader``; another algorithm than NVFP4, weight-only or with NVFP4 inputs.
+        """
+        config = super().config()
+        stored = _stored_config(config, self)
+        algorithm = str(stored["quant_algo"]).upper()
+        if algorithm not in _ALGORITHMS or stored.get("group_size", BLOCK_SIZE) != BLOCK_SIZE:
+            raise ValueError(
+                f"Of ModelOpt's checkpoints those with {' or '.join(_ALGORITHMS)} in blocks of {BLOCK_SIZE} can be "
+                f"read; {self.directory} has {algorithm}, group_size {stored.get('group_size', BLOCK_SIZE)}."
+            )
+        groups = (stored.get("config_groups") or {}).values()
+        weights_only = bool(groups) and not any(group.get("input_activations") for group in groups)
+        config["quantization_config"] = quantization_config(
+            _spelled_out(stored["ignore"], unpacked_layers(self), _is_excluded),
+            scale_rule=scale_rule_of(stored),
+            quantizes_input=_ALGORITHMS[algorithm] and not weights_only,
+        )
+        if stored["has_fp8_cache"]:
+            config["quantization_config"]["kv_cache_scheme"] = {
+                "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True,
+            }  # fmt: skip
+        return config
+
+    def get_tensor(self, name: str) -> torch.Tensor:  # noqa: D102
+        tensor = super().get_tensor(name)
+        return self._turned_around(name, tensor)[0].reshape(1) if self._is_reciprocal(name) else tensor
+
+    def lost_by_turning_around(self, name: str) -> str | None:
+        """Of a scale whose reciprocal's reciprocal is another, the stored value's bytes in hexadecimal."""
+        return self._turned_around(name, super().get_tensor(name))[1] if self._is_reciprocal(name) else None
+
+    def _turned_around(self, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, str | None]:
+        return _turned_around(stored, _exact_scales(self.metadata(name)).get(self.stored_name[name]))
+
+    def layout(self, name: str) -> tuple[str, tuple[int, ...]]:  # noqa: D102
+        dtype, shape = super().layout(name)
+        return ("F32", (1,)) if self._is_reciprocal(name) and shape in ((), (1,)) else (dtype, shape)
+
+    def _name_in_file(self, name: str) -> str:
+        return self.stored_name[name]
+
+    def _is_reciprocal(self, name: str) -> bool:
+        return name.rpartition(".")[2] in _RECIPROCALS and self.stored_name[name] != name
+
+
+def open_checkpoint(directory: str | os.PathLike) -> CheckpointReader:
+    """A reader for a checkpoint in either dialect, or unquantized.
+
+    Raises:
+        ValueError: as ``CheckpointReader``.
+    """
+    reader = CheckpointReader(directory)
+    try:
+        config = reader.config().get("quantization_config")
+    except ValueError:
+        return reader  # who needs a config.json will say so
+    method = (config or {}).get("quant_method", "")
+    is_modelopt = method in _QUANT_METHODS or (not config and (reader.directory / HF_QUANT_CONFIG).is_file())
+    return ModelOptReader(directory) if is_modelopt else reader
+
+
+def unpacked_layers(reader: CheckpointReader) -> list[str]:
+    """Checkpoint names of the layers that have a weight which is not packed."""
+    return [layer_of(name) for name in reader.names if name.endswith(".weight")]
+
+
+def _stored_config(config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Any]:
+    """`quant_algo`, `ignore`, `has_fp8_cache` and the like of either of ModelOpt's two places."""
+    stored = config.get("quantization_config")
+    if stored and "quantization" not in stored:
+        cache = stored.get("kv_cache_scheme")
+        is_fp8 = cache == "FP8" or (isinstance(cache, dict) and cache.get("num_bits") == 8)
+        found = {**stored, "ignore": list(stored.get("ignore") or [])}
+    else:
+        if not stored:
+            path = reader.directory / HF_QUANT_CONFIG
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, json.JSONDecodeError) as error:
+                raise ValueError(f"{path} cannot be read: {error}.") from error
+        details = stored.get("quantization") or {}
+        cache = details.get("kv_cache_quant_algo")
+        is_fp8 = cache == "FP8"
+        found = {**details, "ignore": list(details.get("exclude_modules") or [])}
+    if not found.get("quant_algo"):
+        raise ValueError(f"{reader.directory} names no `quant_algo` in {CONFIG_FILE} or {HF_QUANT_CONFIG}.")
+    if cache and not is_fp8:
+        raise ValueError(f"{reader.directory} quantizes its cache to {cache}; only FP8 can be carried over.")
+    return {**found, "has_fp8_cache": is_fp8}
+
+
+def _is_excluded(layer: str, entry: str) -> bool:
+    """Whether ModelOpt's `entry` leaves `layer` unquantized, as vLLM and SGLang read it: a wildcard, or a part."""
+    return fnmatch(layer, entry) or entry in layer
+
+
+def _spelled_out(entries: list[str], unpacked: list[str], is_match: Callable[[str, str], bool]) -> list[str]:
+    """The plain names among `entries`, and the layers that any of them stands for; the dialects' patterns differ."""
+    plain = [entry for entry in entries if "*" not in entry and not entry.startswith("re:")]
+    named = [layer for layer in unpacked if any(is_match(layer, entry) for entry in entries)]
+    return sorted({*plain, *named})
+
+
+def _turned_around(scale: torch.Tensor, exact: str | None) -> tuple[torch.Tensor, str | None]:
+    """The reciprocal, float32 ``[]``, or the `exact` one if known; and the scale's bytes if they are lost by it."""
+    scale = scale.float().reshape(())
+    found = 1.0 / scale if exact is None else torch.frombuffer(bytearray.fromhex(exact), dtype=torch.float32)[0]
+    return found, None if torch.equal(1.0 / found, scale) else scale.numpy().tobytes().hex()
+
+
+def _exact_scales(metadata: Mapping[str, str]) -> dict[str, str]:
+    return json.loads(metadata.get(_EXACT, "{}"))
+
+
+def _with_exact_scales(metadata: Mapping[str, str], exact: Mapping[str, str]) -> dict[str, str]:
+    kept = {key: value for key, value in metadata.items() if key != _EXACT}
+    return {**kept, **({_EXACT: json.dumps(exact, sort_keys=True)} if exact else {})}
