@@ -1,4 +1,4 @@
-"""The command line: `nvfp4-qat quantize`, `distill`, `sensitivity`, `verify`, `inspect`, `dequantize`, `convert`."""
+"""The command line: `nvfp4-qat --help` lists the commands."""
 
 import json
 import sys
@@ -277,6 +277,46 @@ def convert(
         _refuse_occupied(destination, overwrite)
         num_layers = convert_checkpoint(source, destination, to, progress=advance)
     console.print(f"{num_layers} layers in the dialect of {to} in {destination}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="Directory of a packed checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(help="Repository on the Hub; created if missing.")],
+    base_model: Annotated[str, typer.Option(help="Hub id of the model in high precision.")] = "",
+    original: Annotated[str, typer.Option(help="That model's checkpoint, to state the error of the weights.")] = "",
+    evaluation: Annotated[Path | None, typer.Option(help="JSON object of names and results to state.")] = None,
+    private: Annotated[bool, typer.Option("--private")] = False,
+    revision: Annotated[str, typer.Option(help="Branch; created if missing.")] = "",
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "",
+) -> None:
+    """Publish a packed checkpoint with a model card, in one commit."""
+    with _readable_errors():
+        from hf_nvfp4_qat.checkpoint.publish import publish_checkpoint
+
+        commit = publish_checkpoint(
+            path,
+            repo_id,
+            private=private or None,
+            revision=revision or None,
+            create_pr=create_pr,
+            commit_message=message or None,
+            base_model=base_model or None,
+            original=original or None,
+            evaluation=None if evaluation is None else _json_object(evaluation),
+        )
+    console.print(f"Published: {commit.pr_url or commit.commit_url}", soft_wrap=True)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object of names and results.")
+    return content
 
 
 @app.command()

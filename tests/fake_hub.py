@@ -20,6 +20,10 @@ class FakeHub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.commits: list[str] = []
+        self.token = "hf_test"
+        # Answers to give instead, each once: part of "METHOD path" to a status, or to 0 for a dropped connection.
+        self.trouble: list[tuple[str, int]] = []
 
     def __enter__(self) -> "FakeHub":
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
@@ -40,6 +44,23 @@ class FakeHub:
             def body(self) -> bytes:
                 return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
+            def is_in_trouble(self) -> bool:
+                """Whether the request was answered, or not, as the test wants."""
+                asked = f"{self.command} {self.path}"
+                for place, (part, status) in enumerate(hub.trouble):
+                    if part in asked:
+                        del hub.trouble[place]
+                        if status:
+                            self.body()
+                            self.answer({"error": "trouble"}, status)
+                        self.close_connection = True
+                        return True
+                if self.command == "POST" and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    self.body()
+                    self.answer({"error": "Invalid username or password."}, 401)
+                    return True
+                return False
+
             def answer(self, content: bytes | dict, status: int = 200, **headers: str) -> None:
                 if isinstance(content, dict):
                     content = json.dumps(content).encode()
@@ -56,6 +77,8 @@ class FakeHub:
 
             def do_GET(self) -> None:
                 hub.requests.append(f"{self.command} {self.path}")
+                if self.is_in_trouble():
+                    return None
                 path = self.path.split("?")[0]
                 if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.*)?", path):
                     if match[1] not in hub.repos:
@@ -81,11 +104,16 @@ class FakeHub:
             do_HEAD = do_GET
 
             def do_PUT(self) -> None:
+                hub.requests.append(f"PUT {self.path}")
+                if self.is_in_trouble():
+                    return
                 hub.lfs[self.path.rpartition("/")[2]] = self.body()
                 self.answer(b"")
 
             def do_POST(self) -> None:
                 hub.requests.append(f"POST {self.path}")
+                if self.is_in_trouble():
+                    return None
                 body = self.body()
                 path = self.path.split("?")[0]
                 if path == "/api/repos/create":
@@ -107,14 +135,20 @@ class FakeHub:
                     ]
                     return self.answer({"files": files, "commitOid": COMMIT})
                 if path.endswith("/info/lfs/objects/batch"):
-                    objects = [
-                        {**item, "actions": {"upload": {"href": f"{hub.url}/lfs/{item['oid']}", "header": {}}}}
+                    actions = lambda oid: {"upload": {"href": f"{hub.url}/lfs/{oid}", "header": {}}}  # noqa: E731
+                    objects = [  # what is there need not be sent again
+                        {**item, **({} if item["oid"] in hub.lfs else {"actions": actions(item["oid"])})}
                         for item in json.loads(body)["objects"]
                     ]
                     return self.answer({"transfer": "basic", "objects": objects})
+                if re.fullmatch(r"/api/models/[^/]+/[^/]+/branch/.*", path):
+                    return self.answer({})
                 if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/.*", path):
+                    hub.commits.append(f"{path} {self.path.partition('?')[2]}".strip())
                     hub.store(match[1], [json.loads(line) for line in body.splitlines() if line.strip()])
                     commit = {"commitUrl": f"{hub.url}/{match[1]}/commit/{COMMIT}", "commitOid": COMMIT}
+                    if "create_pr=1" in self.path:
+                        commit["pullRequestUrl"] = f"{hub.url}/{match[1]}/discussions/1"
                     return self.answer({**commit, "success": True, "hookOutput": ""})
                 self.missing("EntryNotFound")
 
@@ -126,6 +160,8 @@ class FakeHub:
             value = operation["value"]
             if operation["key"] == "file":
                 self.repos[repo_id][value["path"]] = base64.b64decode(value["content"])
+            elif operation["key"] == "deletedFile":
+                del self.repos[repo_id][value["path"]]
             elif operation["key"] == "lfsFile":
                 data = self.lfs[value["oid"]]
                 assert hashlib.sha256(data).hexdigest() == value["oid"] and len(data) == value["size"]

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SAVE_FORMATS = ("auto", "master", "nvfp4")
 DIALECTS = ("compressed-tensors", "modelopt")
 DEFAULT_SHARD_SIZE = "5GB"
-_HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private")
+_HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision", "base_model", "evaluation", "tags")
 
 logger = logging.getLogger(__name__)
 
@@ -207,9 +207,19 @@ class SavePretrained:
     `save_format` "master" or "nvfp4" overrides.
     """
 
-    def __init__(self, model: "PreTrainedModel", *, save_format: str = "auto") -> None:
+    def __init__(
+        self, model: "PreTrainedModel", *, save_format: str = "auto", publish: Callable[..., Any] | None = None
+    ) -> None:
+        """Bind.
+
+        Args:
+            model: whose it is.
+            save_format: of `SAVE_FORMATS`.
+            publish: called as ``publish_saved`` for `push_to_hub`.
+        """
         self.model = model
         self.save_format = save_format
+        self._publish = publish
 
     def __call__(
         self,
@@ -273,35 +283,8 @@ class SavePretrained:
             files = save_nvfp4(
                 self.model, save_directory, state_dict=state_dict, dialect=dialect, max_shard_size=max_shard_size
             )
-            if push_to_hub and files:
-                self._push(save_directory, files, token=token, **hub_options)
-
-    def _push(
-        self,
-        save_directory: str | os.PathLike,
-        files: list[str],
-        *,
-        token: str | bool | None,
-        repo_id: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        private: bool | None = None,
-    ) -> None:
-        from huggingface_hub import HfApi
-        from transformers.utils.hub import create_and_tag_model_card
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id or Path(save_directory).name, private=private, exist_ok=True).repo_id
-        card = create_and_tag_model_card(repo_id, self.model.model_tags, token=token)
-        card.save(Path(save_directory) / "README.md")
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=save_directory,
-            commit_message=commit_message or "Upload NVFP4 checkpoint",
-            create_pr=create_pr,
-            # Only what this save wrote: the directory may hold optimizer states, logs and anything else.
-            allow_patterns=[*files, "README.md"],
-        )
+            if push_to_hub and files and self._publish is not None:
+                self._publish(self.model, save_directory, files, token=token, **hub_options)
 
 
 def _is_sharded(model: "PreTrainedModel") -> bool:

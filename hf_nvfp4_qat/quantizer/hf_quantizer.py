@@ -16,6 +16,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from hf_nvfp4_qat.checkpoint.card import TAGS
+from hf_nvfp4_qat.checkpoint.publish import PushToHub, publish_saved
 from hf_nvfp4_qat.checkpoint.save import SavePretrained
 from hf_nvfp4_qat.checkpoint.stream import check_expert_names
 from hf_nvfp4_qat.modules.linear import QATLinear
@@ -126,7 +128,9 @@ def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
     """After the weights are in place: scales, saving, and a line about what is covered."""
     refresh_global_scales(model)
     # On the instance, not on the class: other models of the class keep upstream's method.
-    model.save_pretrained = SavePretrained(model, save_format=config.save_format)
+    model.save_pretrained = SavePretrained(model, save_format=config.save_format, publish=publish_saved)
+    model.push_to_hub = PushToHub(model)
+    model.add_model_tags([tag for tag in (*TAGS, "quantization-aware-training") if tag not in (model.model_tags or ())])
     _refuse_adapters_from_now_on()
     logger.info(coverage_of(model).summary)
 

@@ -1,0 +1,185 @@
+"""Publishing: a packed checkpoint and its card, in one commit, or nothing.
+
+Uploads, their retries and what a second attempt need not send again are huggingface_hub's. Files are sent first; the
+repository changes when the commit that names them all is made.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, model_card
+from hf_nvfp4_qat.checkpoint.files import HF_QUANT_CONFIG
+from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, save_nvfp4
+from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CARD_FILE = "README.md"
+_PUBLISHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+_NOT_PUBLISHED = ("trainer_state.json",)
+_WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
+
+
+def publish_checkpoint(
+    directory: str | os.PathLike,
+    repo_id: str,
+    *,
+    files: Sequence[str] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    base_model: str | None = None,
+    original: str | os.PathLike | None = None,
+    evaluation: Evaluation | None = None,
+    tags: Sequence[str] = (),
+) -> CommitInfo:
+    """Publish a packed checkpoint on the Hub with a model card, in one commit.
+
+    Weights that the repository has under other names are deleted in the same commit, so that nothing loads a mixture.
+
+    Args:
+        directory: of the checkpoint, in either dialect.
+        repo_id: created if missing.
+        files: names in `directory` to publish, of a checkpoint that was just written; None checks the checkpoint
+            with ``verify_nvfp4`` and publishes all that belongs to one: weights, configs, tokenizer, code.
+        private: of a repository that is created.
+        revision: branch to commit to; created if missing.
+        create_pr: open a pull request instead of committing to the branch.
+        token: as everywhere in huggingface_hub.
+        commit_message, commit_description: of the commit.
+        base_model, original, evaluation, tags: of the card, as for ``model_card``. The license is the base model's.
+
+    Returns:
+        What huggingface_hub says of the commit.
+
+    Raises:
+        ValueError: the checkpoint is not good, or the Hub refuses the token.
+        HfHubHTTPError: any other trouble with the Hub. The repository is as it was, if it existed.
+    """
+    directory = Path(directory)
+    if files is None:
+        report = verify_nvfp4(directory)
+        if not report.ok:
+            raise ValueError(f"Only good checkpoints are published. {report}")
+        files = [
+            path.name
+            for path in sorted(directory.iterdir())
+            if path.is_file() and path.name.endswith(_PUBLISHED_SUFFIXES) and path.name not in _NOT_PUBLISHED
+        ]
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        card = model_card(
+            directory,
+            repo_id=repo_id,
+            base_model=base_model,
+            license=license_of(base_model, token=token) if base_model else None,
+            original=original,
+            evaluation=evaluation,
+            tags=tags,
+            existing=_existing_card(directory, repo_id, revision, token),
+        )
+        stale = [
+            name
+            for name in api.list_repo_files(repo_id, revision=revision)
+            if name not in files and (_WEIGHTS.fullmatch(name) or name == HF_QUANT_CONFIG)
+        ]
+        return api.create_commit(
+            repo_id,
+            operations=[
+                *(CommitOperationAdd(name, directory / name) for name in files if name != CARD_FILE),
+                CommitOperationAdd(CARD_FILE, card.content.encode()),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=commit_message or "Upload NVFP4 checkpoint",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status not in (401, 403):
+            raise
+        raise ValueError(
+            f"The Hub does not let this token write to {repo_id} (HTTP {status}). Log in with `hf auth login`, or set "
+            "HF_TOKEN to a token with write access."
+        ) from error
+
+
+def _existing_card(directory: Path, repo_id: str, revision: str | None, token: Any) -> ModelCard | None:
+    """The repository's, or else the one beside the weights."""
+    api = HfApi(token=token)
+    try:
+        return ModelCard.load(api.hf_hub_download(repo_id, CARD_FILE, revision=revision), ignore_metadata_errors=True)
+    except (EntryNotFoundError, RepositoryNotFoundError):
+        path = directory / CARD_FILE
+        return ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
+
+
+def publish_saved(
+    model: "PreTrainedModel", directory: str | os.PathLike, files: Sequence[str], **options: Any
+) -> CommitInfo:
+    """Publish what a model has just saved; the base model is where it was loaded from, if that is on the Hub.
+
+    Args:
+        model: gives tags, and where it comes from.
+        directory: where it was saved, whose name is the repository's if no `repo_id` is given.
+        files: what was saved.
+        options: for ``publish_checkpoint``, and `repo_id`.
+    """
+    options["repo_id"] = options.get("repo_id") or Path(directory).name
+    source = str(getattr(model, "name_or_path", "") or "")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
+        options.setdefault("base_model", source)
+    return publish_checkpoint(
+        directory, files=files, tags=[*(model.model_tags or ()), *options.pop("tags", ())], **options
+    )
+
+
+class PushToHub:
+    """``model.push_to_hub`` of a QAT model; set on the instance, so that deepcopy and pickle carry it along."""
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+        dialect: str = "compressed-tensors",
+        **options: Any,
+    ) -> CommitInfo | None:
+        """Pack the model and publish it with a model card, in one commit.
+
+        Args:
+            repo_id: created if missing.
+            max_shard_size: bytes, or a string such as "5GB".
+            dialect: "compressed-tensors" or "modelopt".
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr` and `tags`, as
+                upstream; `base_model`, `original` and `evaluation` for the card, as for ``publish_checkpoint``.
+
+        Returns:
+            What huggingface_hub says of the commit; None in processes that do not write.
+
+        Raises:
+            ValueError: as ``save_nvfp4`` and ``publish_checkpoint``.
+        """
+        if self.model.save_pretrained.save_format == "master":
+            return type(self.model).push_to_hub(self.model, repo_id, max_shard_size=max_shard_size, **options)
+        with tempfile.TemporaryDirectory() as directory:
+            files = save_nvfp4(self.model, directory, max_shard_size=max_shard_size, dialect=dialect)
+            return publish_saved(self.model, directory, files, repo_id=repo_id, **options) if files else None
