@@ -132,7 +132,7 @@ def test_another_tools_checkpoint_is_loaded_from_its_decoded_values_with_a_repor
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"quant_method": "modelopt"}, "says modelopt / nvfp4-pack-quantized"),
+        ({"quant_method": "gptq"}, "says gptq / nvfp4-pack-quantized"),
         ({"format": "pack-quantized"}, "says compressed-tensors / pack-quantized"),
     ],
 )
