@@ -186,20 +186,20 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""
+        compute_dtype = self.weight.dtype
+        if torch.is_autocast_enabled(input.device.type):
+            compute_dtype = torch.get_autocast_dtype(input.device.type)
+            input = input.to(compute_dtype)
+        input_scale = self._input_scale(input)
         if self.weight_is_fake_quantized:
-            input_scale = self._input_scale(input)
             if input_scale is not None:
                 input = straight_through(input, fake_quantize_activation(input, input_scale))
             return super().forward(input)
         if not torch.compiler.is_compiling():
             self.global_scales.refresh_if_stale(self)
         bias: torch.Tensor | None = self.bias
-        compute_dtype = self.weight.dtype
-        if torch.is_autocast_enabled(input.device.type):
-            compute_dtype = torch.get_autocast_dtype(input.device.type)
-            input = input.to(compute_dtype)
-            bias = None if bias is None else bias.to(compute_dtype)
-        input_scale = self._input_scale(input)
+        if bias is not None and torch.is_autocast_enabled(input.device.type):
+            bias = bias.to(compute_dtype)
         arguments = (input, self.weight, bias, self.global_decode_scale, self.scale_rule, input_scale, compute_dtype)
         if torch.compiler.is_compiling():
             return _CompiledLinear.apply(*arguments)

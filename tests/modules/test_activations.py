@@ -99,6 +99,17 @@ def test_gradient_checkpointing_changes_nothing():
         assert torch.equal(plain, recomputed)
 
 
+def test_autocast_gives_the_same_numbers_with_a_weight_that_comes_quantized():
+    """As FSDP2 gathers it; the input is rounded to the dtype of the product before it is quantized, in both cases."""
+    layer, gathered, x = make_layer(), make_layer(), make_input(requires_grad=False)
+    gathered.weight_is_fake_quantized = True
+    with torch.no_grad():
+        gathered.weight.copy_(layer.fake_quantized_weight())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gathered(x), layer(x))
+    assert gathered.input_amax == layer.input_amax == activation_amax(x.bfloat16())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_keeps_the_largest_input_in_float32(dtype):
     layer = make_layer()
