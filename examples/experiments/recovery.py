@@ -51,6 +51,11 @@ class Run:
     training: dict = field(default_factory=dict)
 
     @property
+    def has_seed(self) -> bool:
+        """Whether a seed has a part in it: not in quantizing, or measuring, the published model."""
+        return self.start != "base" or self.learning_rate is not None
+
+    @property
     def gap_of(self) -> str:
         """The model in high precision that a quantized one is compared with."""
         return "" if self.recipe is None else self.reference or self.start
@@ -224,24 +229,23 @@ def main(
     rows: list[dict] = list(csv.DictReader(table_file.open())) if table_file.exists() else []
     runs = [Run("base", "base"), *(Run(**entry) for kind in ("run", "quantized") for entry in settings.get(kind, []))]
     done = {(row["name"], int(row["seed"])) for row in rows}
-    waiting = [
+    wanted = [
         (run, number)
         for number in seed or settings["seeds"]
         for run in runs
         if (run.name, number) not in done and (not only or run.name in (*only, "base"))
     ]
+    # A run that no seed has a part in is made once, for all of them.
+    seeds_of: dict[tuple[str, int | None], list[int]] = {}
+    for run, number in wanted:
+        seeds_of.setdefault((run.name, number if run.has_seed else None), []).append(number)
+    waiting = [(run, number) for run, number in wanted if run.has_seed or number == seeds_of[run.name, None][0]]
     base = prepare_model(cache / "SmolLM2-135M-Instruct")
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with ProcessPoolExecutor(workers, context, _start_worker, (config, base, output)) as pool:
         made: dict[Future, tuple[Run, int]] = {}
         while waiting or made:
             for run, number in list(waiting):
-                same = next((row for row in rows if row["name"] == run.name), None)
-                if same and run.start == "base" and run.learning_rate is None:
-                    rows.append({**same, "seed": number})  # no seed has a part in it
-                    done.add((run.name, number))
-                    waiting.remove((run, number))
-                    continue
                 needs = {(name, number) for name in (run.start, run.teacher) if name not in (None, "base")}
                 if len(made) < workers and needs <= done:
                     made[pool.submit(_make, run, number)] = (run, number)
@@ -251,7 +255,8 @@ def main(
             for future in wait(made, return_when=FIRST_COMPLETED).done:
                 run, number = made.pop(future)
                 done.add((run.name, number))
-                rows.append({"name": run.name, "seed": number, "reference": run.gap_of, **future.result()})
+                for each in seeds_of[run.name, number if run.has_seed else None]:
+                    rows.append({"name": run.name, "seed": each, "reference": run.gap_of, **future.result()})
                 print({key: round(value, 4) if isinstance(value, float) else value for key, value in rows[-1].items()},
                       flush=True)  # fmt: skip
                 with table_file.open("w", newline="") as file:

@@ -19,7 +19,14 @@ from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.inspect import inspect_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
-from hf_nvfp4_qat.checkpoint.names import PACKED, activations_of, layer_of, quantized_layers, scale_rule_of
+from hf_nvfp4_qat.checkpoint.names import (
+    PACKED,
+    activations_of,
+    layer_of,
+    packed_tensors,
+    quantized_layers,
+    scale_rule_of,
+)
 from hf_nvfp4_qat.version import __version__
 
 TAGS = ("nvfp4", "4-bit", "vllm")
@@ -130,9 +137,10 @@ def _section(
     config = reader.config()
     quantization = config["quantization_config"]
     layers = quantized_layers(reader.names)
-    sizes = {tensor: _numel(reader.layout(tensor)[1]) for tensor in reader.names}
-    num_quantized = sum(2 * sizes[f"{layer}.{PACKED}"] for layer in layers)
-    num_other = sum(size for tensor, size in sizes.items() if tensor.rpartition(".")[0] not in set(layers))
+    shapes = {tensor: torch.Size(reader.layout(tensor)[1]) for tensor in reader.names}
+    packed = packed_tensors(layers)
+    num_quantized = sum(2 * shapes[f"{layer}.{PACKED}"].numel() for layer in layers)
+    num_other = sum(shape.numel() for tensor, shape in shapes.items() if tensor not in packed)
     num_bytes = sum((reader.directory / file).stat().st_size for file in set(reader.file_of.values()))
     inputs = activations_of(quantization)
     of_base = f" of [{base_model}](https://huggingface.co/{base_model})" if base_model else ""
@@ -158,8 +166,8 @@ def _section(
         )
     left_out = Counter(
         re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer_of(tensor))
-        for tensor in reader.names
-        if tensor.endswith(".weight") and len(reader.layout(tensor)[1]) == 2
+        for tensor, shape in shapes.items()
+        if tensor.endswith(".weight") and len(shape) == 2
     )
     if left_out:
         listed = ", ".join(f"`{pattern}`{f' ({count})' if count > 1 else ''}" for pattern, count in left_out.items())
@@ -210,7 +218,3 @@ def _results(evaluation: Evaluation) -> list[str]:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

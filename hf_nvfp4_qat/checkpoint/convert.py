@@ -28,19 +28,17 @@ from hf_nvfp4_qat.checkpoint.load import check_packed
 from hf_nvfp4_qat.checkpoint.modelopt import (
     ModelOptReader,
     from_modelopt,
-    hf_quant_config,
-    modelopt_config,
+    modelopt_config_files,
     open_checkpoint,
     to_modelopt,
     unpacked_layers,
 )
 from hf_nvfp4_qat.checkpoint.names import (
-    INPUT_GLOBAL_SCALE,
     PACKED,
     SERVED_DTYPE,
-    checkpoint_layout,
     from_checkpoint,
     layer_of,
+    packed_tensors,
     quantized_layers,
 )
 from hf_nvfp4_qat.checkpoint.save import (
@@ -165,9 +163,7 @@ def dequantize_checkpoint(
     reader = open_checkpoint(resolve_checkpoint(source))
     check_packed(reader)
     layers = quantized_layers(reader.names)
-    replaced = {
-        name for layer in layers for name in (*checkpoint_layout(layer, (0, 0)), f"{layer}.{INPUT_GLOBAL_SCALE}")
-    }
+    replaced = packed_tensors(layers)
     sources = [
         TensorSource(name, reader.layout(name)[1], _dtype(reader, name), None, partial(reader.get_tensor, name))
         for name in reader.names
@@ -214,9 +210,9 @@ def convert_checkpoint(
     check_packed(reader)
     if isinstance(reader, ModelOptReader) == (dialect == "modelopt"):
         raise ValueError(f"{reader.directory} is in the dialect of {dialect} already.")
-    config = reader.config()
+    configs = {CONFIG_FILE: reader.config()}
     if dialect == "modelopt":
-        config["quantization_config"] = modelopt_config(config["quantization_config"], unpacked=unpacked_layers(reader))
+        configs = modelopt_config_files(configs[CONFIG_FILE], unpacked=unpacked_layers(reader))
     by_file: dict[str, list[str]] = {}
     for name, file in reader.file_of.items():
         by_file.setdefault(file, []).append(name)
@@ -235,9 +231,8 @@ def convert_checkpoint(
             index = json.loads((reader.directory / INDEX_FILE).read_text(encoding="utf-8"))
             staged.write_json(INDEX_FILE, {**index, "weight_map": weight_map})
         _copy_other_files(reader.directory, staged)
-        if dialect == "modelopt":
-            staged.write_json(HF_QUANT_CONFIG, hf_quant_config(config["quantization_config"]))
-        staged.write_json(CONFIG_FILE, config)
+        for name, content in configs.items():
+            staged.write_json(name, content)
     return len(quantized_layers(reader.names))
 
 

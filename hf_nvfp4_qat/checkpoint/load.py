@@ -19,12 +19,12 @@ from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
     FORMAT,
     GLOBAL_ENCODE_SCALE,
-    INPUT_GLOBAL_SCALE,
     PACKED,
     QUANT_METHOD,
     SERVED_DTYPE,
     from_checkpoint,
     is_nvfp4_config,
+    packed_tensors,
     quantized_layers,
 )
 
@@ -70,9 +70,7 @@ class Requantization:
 def read_decoded(reader: CheckpointReader) -> dict[str, torch.Tensor]:
     """Every tensor of a packed checkpoint, quantized ones decoded to bfloat16 under their ``.weight`` name."""
     layers = quantized_layers(reader.names)
-    parts = {
-        f"{layer}.{part}" for layer in layers for part in (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE)
-    }
+    parts = packed_tensors(layers)
     decoded = {name: reader.get_tensor(name) for name in reader.names if name not in parts}
     for layer in layers:
         decoded[f"{layer}.weight"] = from_checkpoint(layer, reader.get_tensor).dequantize(SERVED_DTYPE)

@@ -81,12 +81,13 @@ def from_modelopt(reader: "ModelOptReader", names: Sequence[str]) -> tuple[dict[
     Returns:
         The tensors by their names here, and the metadata of the file to write.
     """
-    tensors = {name: reader.get_tensor(name) for name in names}
-    exact = {name: lost for name in names if (lost := reader.lost_by_turning_around(name))}
+    found = {name: reader.turned_around(name) for name in names}
+    exact = {name: lost for name, (_, lost) in found.items() if lost}
+    tensors = {name: tensor for name, (tensor, _) in found.items()}
     return tensors, _with_exact_scales(reader.metadata(names[0]), exact)
 
 
-def modelopt_config(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[str, Any]:
+def _modelopt_quantization(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[str, Any]:
     """The `quantization_config` of the same checkpoint in ModelOpt's dialect.
 
     Args:
@@ -119,17 +120,27 @@ def modelopt_config(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[s
     }
 
 
-def hf_quant_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of hf_quant_config.json for a `quantization_config` of ``modelopt_config``."""
-    return {
-        "producer": config["producer"],
+def modelopt_config_files(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[str, dict[str, Any]]:
+    """Both configuration files of the same checkpoint in ModelOpt's dialect: name to content.
+
+    Args:
+        config: the config.json of a packed checkpoint here.
+        unpacked: as for ``_modelopt_quantization``.
+
+    Raises:
+        ValueError: as ``_modelopt_quantization``.
+    """
+    quantization = _modelopt_quantization(config["quantization_config"], unpacked=unpacked)
+    legacy = {
+        "producer": quantization["producer"],
         "quantization": {
-            "quant_algo": config["quant_algo"],
-            "kv_cache_quant_algo": "FP8" if config.get("kv_cache_scheme") else None,
+            "quant_algo": quantization["quant_algo"],
+            "kv_cache_quant_algo": "FP8" if quantization.get("kv_cache_scheme") else None,
             "group_size": BLOCK_SIZE,
-            "exclude_modules": config["ignore"],
+            "exclude_modules": quantization["ignore"],
         },
     }
+    return {HF_QUANT_CONFIG: legacy, CONFIG_FILE: {**config, "quantization_config": quantization}}
 
 
 class ModelOptReader(CheckpointReader):
@@ -146,6 +157,7 @@ class ModelOptReader(CheckpointReader):
         super().__init__(directory)
         layers = {name.rpartition(".")[0] for name in self.file_of if name.endswith(".weight_scale_2")}
         here = {there: part for part, there in _NAMES.items()}
+        self._exact: dict[str, dict[str, str]] = {}
         self.stored_name: dict[str, str] = {}
         for name in self.file_of:
             layer, _, part = name.rpartition(".")
@@ -180,15 +192,18 @@ class ModelOptReader(CheckpointReader):
         return config
 
     def get_tensor(self, name: str) -> torch.Tensor:  # noqa: D102
-        tensor = super().get_tensor(name)
-        return self._turned_around(name, tensor)[0].reshape(1) if self._is_reciprocal(name) else tensor
+        return self.turned_around(name)[0]
 
-    def lost_by_turning_around(self, name: str) -> str | None:
-        """Of a scale whose reciprocal's reciprocal is another, the stored value's bytes in hexadecimal."""
-        return self._turned_around(name, super().get_tensor(name))[1] if self._is_reciprocal(name) else None
-
-    def _turned_around(self, name: str, stored: torch.Tensor) -> tuple[torch.Tensor, str | None]:
-        return _turned_around(stored, _exact_scales(self.metadata(name)).get(self.stored_name[name]))
+    def turned_around(self, name: str) -> tuple[torch.Tensor, str | None]:
+        """A tensor, and of a scale whose reciprocal's reciprocal is another, the stored bytes in hexadecimal."""
+        stored = super().get_tensor(name)
+        if not self._is_reciprocal(name):
+            return stored, None
+        file = self.file_of[name]
+        if file not in self._exact:
+            self._exact[file] = _exact_scales(self.metadata(name))
+        found, lost = _turned_around(stored, self._exact[file].get(self.stored_name[name]))
+        return found.reshape(1), lost
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:  # noqa: D102
         dtype, shape = super().layout(name)

@@ -11,7 +11,7 @@ A power of two has an exact reciprocal, so the stored scale and ours carry the s
 keys, but modelopt.py, which translates them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -92,6 +92,12 @@ def from_checkpoint(layer: str, get_tensor: Callable[[str], torch.Tensor]) -> NV
 def quantized_layers(tensor_names: list[str]) -> list[str]:
     """Checkpoint names of the layers that have packed codes among `tensor_names`."""
     return [name.removesuffix(f".{PACKED}") for name in tensor_names if name.endswith(f".{PACKED}")]
+
+
+def packed_tensors(layers: Iterable[str]) -> set[str]:
+    """Every name that a tensor of these quantized layers may have, but for biases, which are as in any checkpoint."""
+    parts = (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE)
+    return {f"{layer}.{part}" for layer in layers for part in parts}
 
 
 def quantization_config(

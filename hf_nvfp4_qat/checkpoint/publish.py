@@ -90,7 +90,7 @@ def publish_checkpoint(
             original=original,
             evaluation=evaluation,
             tags=tags,
-            existing=_existing_card(directory, repo_id, revision, token),
+            existing=_existing_card(api, directory, repo_id, revision),
         )
         stale = [
             name
@@ -119,9 +119,8 @@ def publish_checkpoint(
         ) from error
 
 
-def _existing_card(directory: Path, repo_id: str, revision: str | None, token: Any) -> ModelCard | None:
+def _existing_card(api: HfApi, directory: Path, repo_id: str, revision: str | None) -> ModelCard | None:
     """The repository's, or else the one beside the weights."""
-    api = HfApi(token=token)
     try:
         return ModelCard.load(api.hf_hub_download(repo_id, CARD_FILE, revision=revision), ignore_metadata_errors=True)
     except (EntryNotFoundError, RepositoryNotFoundError):

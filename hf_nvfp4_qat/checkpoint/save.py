@@ -20,13 +20,12 @@ from safetensors.torch import save_file
 
 from hf_nvfp4_qat.checkpoint.files import (
     CONFIG_FILE,
-    HF_QUANT_CONFIG,
     INDEX_FILE,
     StagedFiles,
     staged_files,
     weight_files,
 )
-from hf_nvfp4_qat.checkpoint.modelopt import hf_quant_config, modelopt_config, to_modelopt
+from hf_nvfp4_qat.checkpoint.modelopt import modelopt_config_files, to_modelopt
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.distributed.gather import is_sharded, on_main_process, reshard
@@ -83,17 +82,17 @@ def save_nvfp4(
             "`quantization_config=NVFP4QATConfig()`, or call `prepare_qat` first."
         )
     sources = packed_sources(model, state_dict=state_dict)
-    config = packed_config(model.config, model=model, sources=sources)
+    configs = {CONFIG_FILE: packed_config(model.config, model=model, sources=sources)}
+    if dialect == "modelopt":
+        unpacked = [layer_of(source.name) for source in sources if not source.is_quantized]
+        configs = modelopt_config_files(configs[CONFIG_FILE], unpacked=unpacked)
     files = plan_files(sources, max_shard_size=max_shard_size)
 
     def write(weights: Iterator[dict[str, torch.Tensor]]) -> list[str]:
         with staged_files(path) as staged:
             write_weights(files, weights, staged, dialect=dialect, progress=progress)
-            if dialect == "modelopt":
-                unpacked = [layer_of(source.name) for source in sources if not source.is_quantized]
-                config["quantization_config"] = modelopt_config(config["quantization_config"], unpacked=unpacked)
-                staged.write_json(HF_QUANT_CONFIG, hf_quant_config(config["quantization_config"]))
-            staged.write_json(CONFIG_FILE, config)
+            for name, content in configs.items():
+                staged.write_json(name, content)
             if model.can_generate():
                 staged.write_json("generation_config.json", model.generation_config.to_diff_dict())
         return staged.names + _save_remote_code(model, path)
@@ -207,9 +206,7 @@ class SavePretrained:
     `save_format` "master" or "nvfp4" overrides.
     """
 
-    def __init__(
-        self, model: "PreTrainedModel", *, save_format: str = "auto", publish: Callable[..., Any] | None = None
-    ) -> None:
+    def __init__(self, model: "PreTrainedModel", *, save_format: str, publish: Callable[..., Any]) -> None:
         """Bind.
 
         Args:
@@ -283,7 +280,7 @@ class SavePretrained:
             files = save_nvfp4(
                 self.model, save_directory, state_dict=state_dict, dialect=dialect, max_shard_size=max_shard_size
             )
-            if push_to_hub and files and self._publish is not None:
+            if push_to_hub and files:
                 self._publish(self.model, save_directory, files, token=token, **hub_options)
 
 

@@ -152,10 +152,11 @@ def packed_sources(
         weights = live_weights(model)
     else:
         weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
-    check_calibrated(qat_modules(model))
+    layers = qat_modules(model)
+    check_calibrated(layers)
     input_amaxes = {
         f"{plain_name(name)}.weight": weights.pop(f"{plain_name(name)}.input_amax", layer.input_amax)
-        for name, layer in qat_modules(model).items()
+        for name, layer in layers.items()
         if layer.input_amax is not None
     }
     if state_dict is None:

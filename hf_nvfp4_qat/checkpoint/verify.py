@@ -17,6 +17,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     from_checkpoint,
     is_nvfp4_config,
     layer_of,
+    packed_tensors,
     quantized_layers,
 )
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_shapes, linear_weights, skeleton
@@ -27,7 +28,6 @@ from hf_nvfp4_qat.numerics.format import E4M3_MIN_NORMAL
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 _NUM_SHOWN = 20
-_PARTS = (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE)
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _check_architecture(reader: CheckpointReader, layers: list[str], report: Ver
     present = {f"{layer}.weight" for layer in packed} | {
         name for name in reader.names if layer_of(name).rpartition(".")[0] not in packed or name.endswith(".bias")
     }
-    present -= {f"{layer}.{part}" for layer in packed for part in _PARTS}
+    present -= packed_tensors(packed)
     report.problems += [f"{name}: missing" for name in sorted(set(expected) - present)]
     for name in sorted(present - set(expected)):
         is_skipped = name in model.all_tied_weights_keys or name.endswith("rotary_emb.inv_freq")

@@ -72,8 +72,8 @@ class _Divergence(torch.autograd.Function):
             own_at_one = own if temperature == 1 else torch.log_softmax(logits, dim=-1)
             labels = targets[rows].clamp(min=0)[:, None]
             cross_entropy -= (own_at_one.gather(1, labels) * counted).sum()
-            normalizer = torch.logsumexp(teacher_logits, dim=-1, keepdim=True)
-            teacher_cross_entropy += ((normalizer - teacher_logits.gather(1, labels)) * counted).sum()
+            theirs_at_one = theirs if temperature == 1 else torch.log_softmax(teacher_logits, dim=-1)
+            teacher_cross_entropy -= (theirs_at_one.gather(1, labels) * counted).sum()
             if gradient is not None:
                 part = temperature * (own.exp() - theirs.exp())
                 if weight:
