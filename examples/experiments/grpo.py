@@ -12,11 +12,14 @@ import csv
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Annotated
@@ -30,10 +33,12 @@ CONFIG = Path(__file__).with_name("grpo.toml")
 LOGGED = {
     "reward": "rewards/correct/mean",
     "mismatch_kl": "nvfp4/mismatch_kl",
+    "masked": "nvfp4/masked_fraction",
     "entropy": "entropy",
     "length": "completions/mean_length",
     "seconds": "step_time",
 }
+COLUMNS = ["kind", "seed", "step", *LOGGED]
 
 
 def problems(task: dict, size: int, seed: int) -> list[dict]:
@@ -48,8 +53,14 @@ def problems(task: dict, size: int, seed: int) -> list[dict]:
     ]
 
 
+def spell(tokenizer, example: dict) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt, and of its answer."""
+    prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
+    return prompt, tokenizer(str(example["answer"])).input_ids + [tokenizer.eos_token_id]
+
+
 def warm_up(settings: dict, base: Path, folder: Path) -> None:
-    """Teach the form of the task with a few supervised steps; every run starts from the result."""
+    """Supervised steps until the model answers a share of the problems; every run starts from the result."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     if folder.exists():
@@ -59,19 +70,30 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     options = settings["warm_up"]
-    examples = problems(settings["task"], options["steps"] * options["batch_size"], seed=1000)
+
+    def encode(examples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        spelled = [spell(tokenizer, example) for example in examples]
+        rows = [torch.tensor(prompt + answer) for prompt, answer in spelled]
+        labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in spelled]
+        pad = torch.nn.utils.rnn.pad_sequence  # on the right, where it does not count
+        return pad(rows, True, tokenizer.eos_token_id).to(device), pad(labels, True, -100).to(device)
+
+    size = options["batch_size"]
+    examples = problems(settings["task"], options["max_steps"] * size, seed=1000)
+    unseen, answers = encode(problems(settings["task"], options["unseen"], seed=1001))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
-    for step in range(options["steps"]):
-        rows, masks = [], []
-        for example in examples[step * options["batch_size"] : (step + 1) * options["batch_size"]]:
-            prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
-            answer = tokenizer(str(example["answer"])).input_ids + [tokenizer.eos_token_id]
-            rows.append(torch.tensor(prompt + answer))
-            masks.append(torch.tensor([-100] * len(prompt) + answer))
-        ids = torch.nn.utils.rnn.pad_sequence(rows, True, tokenizer.eos_token_id).to(device)
-        labels = torch.nn.utils.rnn.pad_sequence(masks, True, -100).to(device)
+    for step in range(options["max_steps"]):
+        if step % options["check_every"] == 0:
+            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                predicted = model(input_ids=unseen).logits[:, :-1].argmax(-1)
+            # All tokens of the answer the likeliest: what greedy decoding would say.
+            share = ((predicted == answers[:, 1:]) | (answers[:, 1:] == -100)).all(1).double().mean().item()
+            print(f"warm-up: {share:.3f} of the problems answered after {step} steps", flush=True)
+            if share >= options["until"]:
+                break
+        ids, labels = encode(examples[step * size : (step + 1) * size])
         with torch.autocast(device, torch.bfloat16):
-            model(input_ids=ids, labels=labels).loss.backward()  # padding is on the right, and does not count
+            model(input_ids=ids, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -79,18 +101,39 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def distil(model, tokenizer, settings: dict, seed: int) -> None:
+    """Train a model's NVFP4 form toward the model it was made of, on the problems of the warm-up."""
+    from transformers import DataCollatorForSeq2Seq, TrainingArguments
+
+    from hf_nvfp4_qat import QADTrainer
+
+    on_gpu = torch.cuda.is_available()
+    options = {"output_dir": "unused", "seed": seed, "bf16": on_gpu, "use_cpu": not on_gpu, "report_to": [],
+               "save_strategy": "no", "disable_tqdm": True, **settings["distillation"]}  # fmt: skip
+    size = options["max_steps"] * options["per_device_train_batch_size"]
+    rows = [sum(spell(tokenizer, example), []) for example in problems(settings["task"], size, seed=1000)]
+    QADTrainer(
+        model,
+        TrainingArguments(**options),
+        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    ).train()
+
+
 def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None:
     """One training; writes `<kind> <seed>.csv` and its score."""
     from datasets import Dataset
-    from grpo_qat_vllm import brief, correct
+    from grpo_qat_vllm import correct
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from trl import GRPOConfig, GRPOTrainer
+    from trl.generation import vllm_generation
 
     from hf_nvfp4_qat import NVFP4QATConfig, NVFP4RolloutCallback
     from hf_nvfp4_qat.modules.linear import QATLinear
     from hf_nvfp4_qat.trl_callbacks.metrics import record_mismatch
 
     set_seed(seed)
+    vllm_generation.LLM = partial(vllm_generation.LLM, **settings["engine"])  # TRL has no option for these
     options = settings["kinds"][kind]
     recipe = options.get("recipe")
     on_gpu = torch.cuda.is_available()
@@ -102,10 +145,13 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
             if isinstance(layer, QATLinear):
                 # What one gets from quantizing the rollouts alone: the trainer computes with other weights.
                 layer.forward = MethodType(torch.nn.Linear.forward, layer)
+    tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
+    if options.get("distil"):
+        distil(model, tokenizer, settings, seed)
     size = settings["training"]["max_steps"] * settings["training"]["per_device_train_batch_size"]
     trainer = GRPOTrainer(
         model,
-        reward_funcs=[correct, brief],
+        reward_funcs=correct,
         args=GRPOConfig(
             **{
                 "output_dir": str(output / "training"), "use_vllm": True, "bf16": on_gpu, "use_cpu": not on_gpu,
@@ -114,8 +160,8 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
             }
         ),
         train_dataset=Dataset.from_list(problems(settings["task"], size, seed=seed)),
-        processing_class=AutoTokenizer.from_pretrained(start, padding_side="left"),
-        callbacks=[] if recipe is None else [NVFP4RolloutCallback(engine_kwargs=settings.get("engine", {}))],
+        processing_class=tokenizer,
+        callbacks=[] if recipe is None else [NVFP4RolloutCallback()],
     )  # fmt: skip
     if recipe is None:
         record_mismatch(trainer)
@@ -123,12 +169,12 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
     trainer.vllm_generation.sync_weights()
     score = accuracy(trainer, problems(settings["task"], settings["held_out"], seed=2000))
     with (output / f"{file_name(kind, seed)}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", *LOGGED])
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for entry in trainer.state.log_history:
             if LOGGED["reward"] in entry:
-                values = {name: entry.get(key, "") for name, key in LOGGED.items()}
-                writer.writerow({"step": entry["step"], **values})
+                values = {name: f"{entry[key]:.5g}" if key in entry else "" for name, key in LOGGED.items()}
+                writer.writerow({"kind": kind, "seed": seed, "step": entry["step"], **values})
     (output / f"{file_name(kind, seed)}.json").write_text(
         json.dumps({"kind": kind, "seed": seed, "score": score}) + "\n"
     )
@@ -213,7 +259,7 @@ def plot(found: dict[str, list[tuple[float, list[dict]]]], path: Path) -> None:
         axes.grid(alpha=0.3)
     grid.flat[0].legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
 
 
 def main(
@@ -222,6 +268,7 @@ def main(
     cache: Path = Path(".cache"),
     kind: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Those in the configuration by default.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time on the GPU.")] = 1,
     here: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Make every run that has no result yet, each in a process of its own, then the table and the plot."""
@@ -235,23 +282,34 @@ def main(
         run(settings, kind[0], seed[0], start, output)
         return
     warm_up(settings, prepare_model(cache / "SmolLM2-135M-Instruct"), start)
-    for number in seed or settings["seeds"]:
-        for name in kind or settings["kinds"]:
-            if (output / f"{file_name(name, number)}.json").exists():
-                continue
-            began = time.monotonic()
-            command = [sys.executable, __file__, "--here", "--config", config, "--output", output]
-            command += ["--cache", cache, "--kind", name, "--seed", str(number)]
-            environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            log = output / f"{file_name(name, number)}.log"
-            with log.open("w") as file:
-                done = subprocess.run(list(map(str, command)), env=environment, stdout=file, stderr=file)
-            print(f"{name}, seed {number}: exit {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
-            if done.returncode:
-                print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), flush=True)
+
+    def make(name: str, number: int) -> None:
+        if (output / f"{file_name(name, number)}.json").exists():
+            return
+        began = time.monotonic()
+        command = [sys.executable, __file__, "--here", "--config", config, "--output", output]
+        command += ["--cache", cache, "--kind", name, "--seed", str(number)]
+        with socket.socket() as free:  # the default port would be the same for all
+            free.bind(("", 0))
+            port = free.getsockname()[1]
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "MASTER_PORT": str(port)}
+        log = output / f"{file_name(name, number)}.log"
+        with log.open("w") as file:
+            done = subprocess.run(list(map(str, command)), env=environment, stdout=file, stderr=file)
+        print(f"{name}, seed {number}: exit {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
+        if done.returncode:
+            print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        pairs = [(name, number) for number in seed or settings["seeds"] for name in kind or settings["kinds"]]
+        list(pool.map(make, *zip(*pairs, strict=True)))
     shutil.rmtree(output / "training", ignore_errors=True)
     if found := read(output, settings):
         table(found)
+        with (output / "grpo.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(row for runs in found.values() for _, rows in runs for row in rows)
         plot(found, output / "grpo.png")
 
 

@@ -58,7 +58,7 @@ def test_it_is_the_formula(exponent):
 def test_it_is_vllms_emulation_to_the_bit(dtype, size):
     from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import ref_nvfp4_quant_dequant
 
-    x = rows_of_many_sizes(dtype)
+    x = rows_of_many_sizes(dtype, device="cuda" if torch.cuda.is_available() else "cpu")
     scale = global_decode_scale_of_amax(activation_amax(x) * size)
     assert torch.equal(fake_quantize_activation(x, scale), ref_nvfp4_quant_dequant(x, 1 / scale, 16))
 
@@ -71,8 +71,9 @@ def test_small_blocks_keep_a_scale_of_their_own_down_to_the_last_subnormal_and_t
     assert not fake_quantize_activation(x, scale)[2].any()
 
 
-def test_larger_blocks_than_there_is_room_for_are_clipped():
-    x = torch.full((1, 16), 10000.0)
+@pytest.mark.parametrize("size", [10000.0, torch.finfo(torch.bfloat16).max])
+def test_larger_blocks_than_there_is_room_for_are_clipped(size):
+    x = torch.full((1, 16), size)
     assert (fake_quantize_activation(x, torch.tensor(1.0)) == 6 * 448).all()
 
 
