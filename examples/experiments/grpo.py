@@ -110,6 +110,7 @@ def distil(model, tokenizer, settings: dict, seed: int) -> None:
     on_gpu = torch.cuda.is_available()
     options = {"output_dir": "unused", "seed": seed, "bf16": on_gpu, "use_cpu": not on_gpu, "report_to": [],
                "save_strategy": "no", "disable_tqdm": True, **settings["distillation"]}  # fmt: skip
+    tokenizer.pad_token = tokenizer.eos_token  # not counted: labels of padding are -100
     size = options["max_steps"] * options["per_device_train_batch_size"]
     rows = [sum(spell(tokenizer, example), []) for example in problems(settings["task"], size, seed=1000)]
     QADTrainer(
