@@ -6,6 +6,7 @@ A page is read from the top. Its fenced blocks share one namespace and the curre
     ```python vllm           Python that needs vLLM; left out unless asked for
     ```python no-run: why    Python that cannot run here; it must still compile
     ```console               commands after `$ `, and what they print
+    ```console hub           commands that write to a hub; left out unless asked for
     ```text                  what the Python block before it prints
 
 Printed text is compared as doctest does: any white space is one space, and `...` stands for anything.
@@ -47,11 +48,6 @@ class Block:
     line: int
     section: str
 
-    @property
-    def can_run(self) -> bool:
-        """Whether it is not marked as one that cannot."""
-        return not self.marker.startswith("no-run")
-
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, from the top."""
@@ -68,12 +64,13 @@ def blocks(page: Path) -> list[Block]:
     return found
 
 
-def run(page: Path, *, vllm_only: bool = False) -> int:
+def run(page: Path, *, vllm_only: bool = False, with_hub: bool = False) -> int:
     """Run a page in the current folder.
 
     Args:
         page: to run.
         vllm_only: run the section `SETUP` and the blocks marked `vllm`; else all blocks but those.
+        with_hub: run the blocks marked `hub` too, at HF_ENDPOINT.
 
     Returns:
         The number of blocks that ran.
@@ -85,8 +82,9 @@ def run(page: Path, *, vllm_only: bool = False) -> int:
     printed = ""
     num_run = 0
     for block in blocks(page):
-        wanted = block.section == SETUP or block.marker == "vllm" if vllm_only else block.marker != "vllm"
-        if not (wanted and block.can_run):
+        markers = {"", "hub"} if with_hub else {""}
+        wanted = block.section == SETUP or block.marker == "vllm" if vllm_only else block.marker in markers
+        if not wanted:
             continue
         where = f"{page.name}:{block.line}"
         if block.language == "python":
@@ -137,4 +135,5 @@ def _check_printed(printed: str, expected: str, where: str) -> None:
 
 if __name__ == "__main__":
     path, *options = sys.argv[1:]
-    print(f"{run(Path(path).resolve(), vllm_only='--vllm' in options)} blocks ran")
+    num_blocks = run(Path(path).resolve(), vllm_only="--vllm" in options, with_hub="--hub" in options)
+    print(f"{num_blocks} blocks ran")

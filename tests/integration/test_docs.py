@@ -11,13 +11,16 @@ from pathlib import Path
 import doc_pages
 import pytest
 from fake_hub import FakeHub
+from messages import VALUE, messages
 
 import hf_nvfp4_qat
 from hf_nvfp4_qat.cli import app
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+LANGUAGES = ("python", "console", "text")
 COMMANDS = [f"nvfp4-qat {command.callback.__name__}" for command in app.registered_commands]
 
 
@@ -46,9 +49,8 @@ def run_page(page: Path, folder: Path, *options: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_a_page_runs_from_the_top(page, tmp_path):
-    wanted = [block for block in doc_pages.blocks(page) if block.can_run and block.marker != "vllm"]
-    if any(block.language in ("python", "console") for block in wanted):
-        assert "blocks ran" in run_page(page, tmp_path)
+    wanted = [block for block in doc_pages.blocks(page) if block.marker in ("", "hub") and block.language in LANGUAGES]
+    assert run_page(page, tmp_path, "--hub").endswith(f"{len(wanted)} blocks ran\n")
 
 
 @pytest.mark.slow
@@ -62,7 +64,7 @@ def test_what_does_not_run_says_why_and_imports_what_exists(page):
     for block in doc_pages.blocks(page):
         if block.language != "python":
             continue
-        assert block.can_run or re.fullmatch(r"no-run: .+", block.marker), f"{page.name}:{block.line}"
+        assert re.fullmatch(r"|vllm|no-run: .+", block.marker), f"{page.name}:{block.line}"
         for node in ast.walk(ast.parse(block.body)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "hf_nvfp4_qat":
                 assert find_spec(node.module), f"{page.name}:{block.line}: no module {node.module}"
@@ -71,10 +73,10 @@ def test_what_does_not_run_says_why_and_imports_what_exists(page):
 
 
 def examples_of(name: str) -> list[doc_pages.Block]:
-    """Blocks that run, in the section of the reference that has the name in its title."""
+    """Blocks that some test runs, in the section of the reference that has the name in its title."""
     title = re.compile(rf"\[`{re.escape(name)}`\]\(.*\)")
     found = [block for block in doc_pages.blocks(REFERENCE) if title.fullmatch(block.section)]
-    return [block for block in found if block.can_run]
+    return [block for block in found if not block.marker.startswith("no-run")]
 
 
 @pytest.mark.parametrize("name", hf_nvfp4_qat.__all__)
@@ -105,3 +107,24 @@ def test_a_page_that_prints_something_else_fails(tmp_path, expected):
     (tmp_path / "page.md").write_text(f"```python\nprint('this')\n```\n\n```text\n{expected}```\n")
     with pytest.raises(AssertionError, match="page.md:6"):
         doc_pages.run(tmp_path / "page.md")
+
+
+def messages_on_the_page() -> list[str]:
+    """What stands between two backticks; between one alone is code."""
+    text = TROUBLESHOOTING.read_text(encoding="utf-8")
+    return [" ".join(found.split()) for found in re.findall(r"(?<!`)``(?!`)(.+?)(?<!`)``(?!`)", text)]
+
+
+@pytest.mark.parametrize("message", messages(), ids=lambda message: message.where)
+def test_every_message_is_on_the_page_by_its_fixed_words(message):
+    assert len(message.fixed_words) >= 8, f"nothing to search for: {message.text}"
+    assert any(message.fixed_words in shown for shown in messages_on_the_page()), message.text
+
+
+def test_the_page_has_no_message_that_the_package_does_not_have():
+    texts = [message.text for message in messages()]
+    shown = {
+        text: [part.strip() for part in text.split(VALUE) if re.search(r"\w", part)] for text in messages_on_the_page()
+    }
+    gone = [text for text, parts in shown.items() if not any(all(part in known for part in parts) for known in texts)]
+    assert len(shown) > 100 and not gone
