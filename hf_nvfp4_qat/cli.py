@@ -313,9 +313,9 @@ def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise ValueError(f"{path} is not JSON: {error}. Write an object of names and results.") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object of names and results.")
+        raise ValueError(f"{path} must hold a JSON object of names and results; it holds a {type(content).__name__}.")
     return content
 
 

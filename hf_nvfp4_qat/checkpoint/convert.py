@@ -209,7 +209,10 @@ def convert_checkpoint(
     reader = open_checkpoint(resolve_checkpoint(source))
     check_packed(reader)
     if isinstance(reader, ModelOptReader) == (dialect == "modelopt"):
-        raise ValueError(f"{reader.directory} is in the dialect of {dialect} already.")
+        raise ValueError(
+            f"A checkpoint is converted to the other dialect; {reader.directory} is in that of {dialect} already. "
+            "Use it as it is, or choose the other one."
+        )
     configs = {CONFIG_FILE: reader.config()}
     if dialect == "modelopt":
         configs = modelopt_config_files(configs[CONFIG_FILE], unpacked=unpacked_layers(reader))
@@ -243,7 +246,9 @@ def _decode(layer: str, reader: CheckpointReader) -> torch.Tensor:
 def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
     stored = reader.layout(name)[0]
     if stored not in _SAFETENSORS_DTYPES:
-        raise ValueError(f"{name} is stored as {stored}, which cannot be written again. Convert it first.")
+        raise ValueError(
+            f"Unquantized tensors are copied in a dtype of torch; {name} is stored as {stored}. Convert it first."
+        )
     return _SAFETENSORS_DTYPES[stored]
 
 

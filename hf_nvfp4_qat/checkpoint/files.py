@@ -90,6 +90,9 @@ def _tensor_names(path: Path) -> list[str]:
         raise ValueError(f"{path} cannot be read: {error}. Download or copy it again.") from error
 
 
+_DAMAGED = "{path} cannot give {name}: {error}. Download or copy it again."
+
+
 class CheckpointReader:
     """Tensors of a safetensors checkpoint directory by name, read one at a time.
 
@@ -120,7 +123,8 @@ class CheckpointReader:
             self.file_of = dict(weight_map)
         else:
             raise ValueError(
-                f"A checkpoint directory holds model.safetensors or {INDEX_FILE}; {self.directory} holds neither."
+                f"A checkpoint directory holds model.safetensors or {INDEX_FILE}; {self.directory} holds neither. "
+                "Checkpoints in other formats must be saved as safetensors first."
             )
         self._open: dict[str, Any] = {}
 
@@ -139,11 +143,16 @@ class CheckpointReader:
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"A checkpoint directory holds a {CONFIG_FILE}; {self.directory} does not.") from None
+            raise ValueError(
+                f"A checkpoint directory holds a {CONFIG_FILE}; {self.directory} does not. Download or copy the whole "
+                "checkpoint."
+            ) from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}.") from None
+            raise ValueError(f"{path} is not JSON: {error}. Download or copy it again.") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{path} must hold a JSON object; it holds a {type(config).__name__}.")
+            raise ValueError(
+                f"{path} must hold a JSON object; it holds a {type(config).__name__}. Download or copy it again."
+            )
         return config
 
     def get_tensor(self, name: str) -> torch.Tensor:
@@ -155,14 +164,16 @@ class CheckpointReader:
         try:
             return self._file(name).get_tensor(self._name_in_file(name))
         except Exception as error:  # safetensors raises a type of its own
-            raise ValueError(f"{self.directory / self.file_of[name]} cannot give {name}: {error}") from error
+            path = self.directory / self.file_of[name]
+            raise ValueError(_DAMAGED.format(path=path, name=name, error=error)) from error
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype name, shape) of a tensor, without reading it."""
         try:
             view = self._file(name).get_slice(self._name_in_file(name))
         except Exception as error:
-            raise ValueError(f"{self.directory / self.file_of[name]} cannot give {name}: {error}") from error
+            path = self.directory / self.file_of[name]
+            raise ValueError(_DAMAGED.format(path=path, name=name, error=error)) from error
         return view.get_dtype(), tuple(view.get_shape())
 
     def metadata(self, name: str) -> dict[str, str]:

@@ -141,7 +141,10 @@ def _inspect_packed(
         weight = None
         if original is not None:
             if f"{layer}.weight" not in original.file_of:
-                raise ValueError(f"{original.directory} has no {layer}.weight to measure {reader.directory} against.")
+                raise ValueError(
+                    f"`original` must hold the weights that were packed; {original.directory} has no {layer}.weight. "
+                    f"Give the checkpoint that {reader.directory} was made from."
+                )
             weight = original.get_tensor(f"{layer}.weight")
         yield inspect_weight(layer, from_checkpoint(layer, reader.get_tensor), weight)
         progress("inspecting", num_done, len(layers))

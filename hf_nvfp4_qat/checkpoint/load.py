@@ -91,14 +91,20 @@ def check_packed(reader: CheckpointReader) -> None:
             f"{found}. Unquantized weights load with `from_pretrained(..., quantization_config=NVFP4QATConfig())`."
         )
     if not quantized_layers(reader.names):
-        raise ValueError(f"{reader.directory} has a packed NVFP4 config but not one `{PACKED}` tensor.")
+        raise ValueError(
+            f"A packed NVFP4 checkpoint holds `{PACKED}` tensors; {reader.directory} has the config of one, and "
+            "none of them. Download or copy the whole checkpoint, or take config.json from the unquantized one."
+        )
     if missing := [
         f"{layer}.{part}"
         for layer in quantized_layers(reader.names)
         for part in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE)
         if f"{layer}.{part}" not in reader.file_of
     ]:
-        raise ValueError(f"{reader.directory} lacks {len(missing)} scales of packed layers, the first {missing[0]}.")
+        raise ValueError(
+            f"Every packed layer needs its scales; {reader.directory} lacks {len(missing)}, the first {missing[0]}. "
+            "Download or copy the whole checkpoint."
+        )
 
 
 def load_decoded(path: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, CheckpointReader]:

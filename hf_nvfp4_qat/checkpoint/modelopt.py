@@ -106,7 +106,10 @@ def _modelopt_quantization(config: Mapping[str, Any], *, unpacked: list[str]) ->
     group = next(iter(groups.values()))
     cache = config.get("kv_cache_scheme")
     if cache and (cache.get("num_bits"), cache.get("type")) != (8, "float"):
-        raise ValueError(f"ModelOpt's dialect is written with an FP8 cache or none; kv_cache_scheme is {cache}.")
+        raise ValueError(
+            f"ModelOpt's dialect is written with an FP8 cache or none; kv_cache_scheme is {cache}. It can only stay "
+            "as it is."
+        )
     numbers = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
     observer = {name: group["weights"][name] for name in ("observer_kwargs",) if group["weights"].get(name)}
     inputs = {"input_activations": numbers} if group.get("input_activations") else {}
@@ -250,15 +253,20 @@ def _stored_config(config: Mapping[str, Any], reader: CheckpointReader) -> dict[
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path} cannot be read: {error}.") from error
+                raise ValueError(f"{path} cannot be read: {error}. Download or copy it again.") from error
         details = stored.get("quantization") or {}
         cache = details.get("kv_cache_quant_algo")
         is_fp8 = cache == "FP8"
         found = {**details, "ignore": list(details.get("exclude_modules") or [])}
     if not found.get("quant_algo"):
-        raise ValueError(f"{reader.directory} names no `quant_algo` in {CONFIG_FILE} or {HF_QUANT_CONFIG}.")
+        raise ValueError(
+            f"A checkpoint of ModelOpt says how it is quantized; {reader.directory} names no `quant_algo` in "
+            f"{CONFIG_FILE} or {HF_QUANT_CONFIG}. Download or copy it again."
+        )
     if cache and not is_fp8:
-        raise ValueError(f"{reader.directory} quantizes its cache to {cache}; only FP8 can be carried over.")
+        raise ValueError(
+            f"Of quantized caches only FP8 can be carried over; {reader.directory} has {cache}. Serve it as it is."
+        )
     return {**found, "has_fp8_cache": is_fp8}
 
 

@@ -103,7 +103,10 @@ class TensorSource:
         if self.shard is not None:
             # Its amax was taken over all shards, so every process comes to the same verdict.
             if not scale.isfinite().all():
-                raise ValueError(f"{self.name} cannot be packed: it, or a fused sibling, holds an infinity or a NaN.")
+                raise ValueError(
+                    f"{self.name} cannot be packed. It, or a fused sibling, holds an infinity or a NaN: go back to an "
+                    "earlier checkpoint."
+                )
             return self.under_checkpoint_names(gather_packed([self.shard()], [scale], self.scale_rule)[0])
         try:
             packed = quantize_nvfp4(self.load().detach(), global_decode_scale=scale, scale_rule=self.scale_rule)

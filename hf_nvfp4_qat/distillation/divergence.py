@@ -89,5 +89,7 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            raise RuntimeError("The divergence was differentiated twice; its gradient is kept for one backward.")
+            raise RuntimeError(
+                "The divergence was differentiated twice; its gradient is kept for one backward. Compute it again."
+            )
         return gradient.mul_(grad_loss), None, None, None, None

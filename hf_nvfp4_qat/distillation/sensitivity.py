@@ -57,7 +57,10 @@ def measure_sensitivity(
     """
     weights = qat_weights(model)
     if not weights:
-        raise ValueError(f"{type(model).__name__} has no NVFP4 weights, so nothing can be ranked.")
+        raise ValueError(
+            f"{type(model).__name__} has no NVFP4 weights, so nothing can be ranked. Load it with "
+            "`quantization_config=NVFP4QATConfig()`."
+        )
     if any(layer.input_amax is not None for layer in qat_modules(model).values()):
         raise ValueError("Layers are ranked by what their weights cost; give a model with `activations='bf16'`.")
     groups: dict[str, list[str]] = {}

@@ -53,7 +53,7 @@ class TeacherProcess:
                 name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()
             })  # fmt: skip
         except OSError as error:
-            raise RuntimeError("The teacher's process has ended.") from error
+            raise RuntimeError("The teacher's process has ended. Start another `TeacherProcess`.") from error
         return self._receive("failed on a batch")
 
     def _receive(self, what: str) -> Any:

@@ -232,7 +232,8 @@ class _Recipe:
             if weight_version(self.weight) != self.version:
                 raise RuntimeError(
                     "A weight needed for backward was changed after the forward that used it (an NVFP4 expert weight "
-                    f"{list(self.weight.shape)}: version {weight_version(self.weight)}, not {self.version})."
+                    f"{list(self.weight.shape)}: version {weight_version(self.weight)}, not {self.version}). Call "
+                    "backward before the optimizer's step."
                 )
             experts = slice(first_expert, last_expert + 1)
             own, scale = self.weight.detach()[experts], self.scale[experts]

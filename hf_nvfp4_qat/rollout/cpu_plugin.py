@@ -73,7 +73,10 @@ def _make_experts_method(original: type) -> type:
             # Past the original, which looks for a kernel of a GPU.
             super(original, self).__init__(moe)  # type: ignore[arg-type]
             if not use_a16:
-                raise ValueError("On a CPU, NVFP4 experts run with 16-bit activations only (W4A16).")
+                raise ValueError(
+                    "On a CPU, NVFP4 experts run with 16-bit activations only (W4A16); this checkpoint has NVFP4 ones "
+                    "(W4A4). Serve it on a GPU."
+                )
             self.group_size = 16
             self.use_a16 = use_a16
             self.use_global_sf = False
@@ -91,7 +94,11 @@ def _make_experts_method(original: type) -> type:
             self, layer: Any, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, **kwargs: Any
         ) -> torch.Tensor:
             if layer.activation.value != "silu" or layer.apply_router_weight_on_input:
-                raise ValueError(f"On a CPU, NVFP4 experts run with SiLU only; got {layer.activation}.")
+                raise ValueError(
+                    f"On a CPU, NVFP4 experts run with SiLU, and router weights on their outputs; got "
+                    f"{layer.activation.value}, router weights on "
+                    f"{'inputs' if layer.apply_router_weight_on_input else 'outputs'}. Run this model on a GPU."
+                )
             out = torch.zeros_like(x, dtype=torch.float32)
             for expert in topk_ids.unique().tolist():
                 token, slot = torch.where(topk_ids == expert)

@@ -96,7 +96,10 @@ def recorded_routing(model: nn.Module) -> Iterator[list[ModelForward]]:
 
     names = fused_experts(model)
     if not names:
-        raise ValueError(f"{type(model).__name__} has no fused experts, so there is no routing to compare.")
+        raise ValueError(
+            f"{type(model).__name__} has no fused experts, so there is no routing to compare. Leave "
+            "`routing_every` out."
+        )
     hooks = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     for name in names:
         hook = chosen(_layer_number(name))
@@ -131,7 +134,10 @@ def engine_routing(llm: Any, outputs: Iterable[Any]) -> dict[tuple[int, ...], En
             else:
                 experts = torch.from_numpy(completion.routed_experts.astype("int64"))[: len(tokens) - 1]
             if len(experts) < len(tokens) - 1:
-                raise ValueError(f"The engine reported the experts of {len(experts)} of {len(tokens) - 1} tokens.")
+                raise ValueError(
+                    f"The engine must report the experts of every token; it did of {len(experts)} of "
+                    f"{len(tokens) - 1}. Leave `routing_every` out."
+                )
             found[tokens] = EngineSequence(len(prompt), experts)
     return found
 
@@ -181,7 +187,10 @@ def compare_routing(
             generated = slice(sequence.num_prompt, len(sequence.experts))
             mine, theirs = chosen[mask][generated], sequence.experts[generated][:, layers]
             if mine.shape != theirs.shape:
-                raise ValueError(f"The engine chooses {theirs.shape[-1]} experts a token, the model {mine.shape[-1]}.")
+                raise ValueError(
+                    f"The engine chooses {theirs.shape[-1]} experts a token, the model {mine.shape[-1]}. They run "
+                    "different configs: give both the same `num_experts_per_tok`."
+                )
             different = (mine.sort().values != theirs.sort().values).any(dim=-1)
             counts += torch.tensor(
                 [different.numel(), different.sum(), len(different), different.any(dim=-1).sum()], dtype=torch.int64

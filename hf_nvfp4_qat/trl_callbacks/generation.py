@@ -175,7 +175,10 @@ class NVFP4Generation:
             )
         self.kernel = kernel_name(worker)
         if not self.kernel:
-            raise ValueError("The engine runs no layer in NVFP4; vLLM ignored the configuration of the rollouts.")
+            raise ValueError(
+                "The engine runs no layer in NVFP4; vLLM ignored the configuration of the rollouts. Leave "
+                "`quantization` and `hf_overrides` out of `engine_kwargs`."
+            )
         refuse_to_generate(llm, self._refusal)
         if not self.trl.enable_sleep_mode:
             # While nothing is lost yet. A sleeping engine has no weights to look at before the first push.
