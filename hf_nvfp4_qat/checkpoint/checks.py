@@ -1,7 +1,7 @@
-"""What is checked in every packed checkpoint, by ``verify_nvfp4`` and by ``doctor``: configuration, parts, values, names.
+"""What is checked in every packed checkpoint, by ``verify_nvfp4`` and ``doctor``: configuration, parts, values, names.
 
-Layouts are compared before a tensor is read, so that nothing is read, or computed, whose size is only claimed. All names
-are those of compressed-tensors; the reader shows the other dialect under them.
+Layouts are compared before a tensor is read, so that nothing is read, or computed, whose size is only claimed. All
+names are those of compressed-tensors; the reader shows the other dialect under them.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 
 def check_config(config: dict[str, Any]) -> Iterator[Finding]:
     """config.json says what loaders must know."""
-    quantization = config.get("quantization_config")
+    quantization = config.get("quantization_config") or {}
     if not is_nvfp4_config(quantization):
         is_other = f"; it is {quantization.get('quant_method')} / {quantization.get('format')}" if quantization else ""
         rule = "other-format" if quantization else "no-quantization-config"

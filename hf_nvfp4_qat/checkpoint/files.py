@@ -55,8 +55,8 @@ def staged_files(directory: str | os.PathLike, *, in_place: bool = False) -> Ite
 
     Args:
         directory: made if missing.
-        in_place: change some files of a checkpoint and keep the others. A process that is killed while it renames leaves
-            a list of what is to be done, for ``finish_renaming``: half of a new checkpoint would be nobody's.
+        in_place: change some files of a checkpoint and keep the others. A process that is killed while it renames
+            leaves a list of what is to be done, for ``finish_renaming``: half of a new checkpoint would be nobody's.
 
     Raises:
         ValueError: `directory` is a file.

@@ -17,7 +17,7 @@ _LONGEST = 600
 
 @dataclass(frozen=True)
 class Rule:
-    """What is the same for all findings of a rule: how bad, what to do, and which engines it concerns (all, if none)."""
+    """What all findings of a rule share: how bad they are, what to do, and which engines they concern (if none: all)."""
 
     severity: str
     fix: str
@@ -84,7 +84,8 @@ RULES = {
     "negative-zero": Rule("note", "Nothing to do: it decodes to zero."),
     # Layers that do not bear four bits
     "quantized-router": Rule("error", _KEEP_OUT),
-    "quantized-lm-head": Rule("error", _KEEP_OUT),
+    "quantized-lm-head": Rule("error", _KEEP_OUT, ("vllm",)),
+    "tied-lm-head": Rule("error", _KEEP_OUT),
     "quantized-embedding": Rule("error", "Decode it to bfloat16."),
     # Against the architecture
     "missing-tensor": Rule("error", _AGAIN),

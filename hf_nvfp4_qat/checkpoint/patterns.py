@@ -33,7 +33,7 @@ def names_matching(names: Iterable[str], patterns: Iterable[str], *, seconds: fl
     if odd := [pattern for pattern in patterns if not isinstance(pattern, str)]:
         raise ValueError(f"`ignore` lists strings; it has a {type(odd[0]).__name__}.")
     plain = {pattern for pattern in patterns if not pattern.startswith("re:")}
-    found = {name for name in names if _has_ending_among(name, plain)}
+    found = {name for name in names if not plain.isdisjoint(_endings(name))}
     expressions = sorted({pattern[3:] for pattern in patterns if pattern.startswith("re:")})
     if not expressions or not names:
         return found
@@ -52,8 +52,19 @@ def names_matching(names: Iterable[str], patterns: Iterable[str], *, seconds: fl
     return found | set(json.loads(process.stdout))
 
 
-def _has_ending_among(name: str, endings: set[str]) -> bool:
+def patterns_without_match(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """Those of `patterns` that name none of `names`; arguments and errors as for ``names_matching``."""
+    names = list(names)
+    endings = {ending for name in names for ending in _endings(name)}
+    return [
+        pattern
+        for pattern in patterns
+        if not (names_matching(names, [pattern]) if pattern.startswith("re:") else pattern in endings)
+    ]
+
+
+def _endings(name: str) -> set[str]:
+    """The name, and what follows each of its dots: of more dots than any model has, the last ones."""
     parts = name.split(".")
-    # Of a name with more parts than any model has, the last ones: all of them would take quadratic time.
     starts = range(max(1, len(parts) - 64), len(parts))
-    return name in endings or any(".".join(parts[start:]) in endings for start in starts)
+    return {name, *(".".join(parts[start:]) for start in starts)}
