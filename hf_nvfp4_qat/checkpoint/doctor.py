@@ -38,7 +38,7 @@ from hf_nvfp4_qat.checkpoint.files import (
     resolve_checkpoint,
 )
 from hf_nvfp4_qat.checkpoint.findings import ENGINES, SEVERITIES, Finding, fold, found, printable
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, is_modelopt
+from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, has_modelopt_names, is_modelopt
 from hf_nvfp4_qat.checkpoint.names import (
     PACKED,
     activations_of,
@@ -199,8 +199,9 @@ def _reader(contents: Contents) -> CheckpointReader:
     """For either dialect, by what config.json says or, if it says nothing, by the names of the tensors."""
     says_modelopt = is_modelopt(contents.directory, contents.config or {})
     says_nothing = not (contents.config or {}).get("quantization_config")
-    has_its_names = any(name.endswith(".weight_scale_2") for name in contents.file_of)
-    reader = ModelOptReader if says_modelopt or (says_nothing and has_its_names) else CheckpointReader
+    reader = (
+        ModelOptReader if says_modelopt or (says_nothing and has_modelopt_names(contents.file_of)) else CheckpointReader
+    )
     return reader(contents.directory, contents.file_of)
 
 

@@ -75,7 +75,7 @@ def check_kept_out(
                 message = "packed: vLLM's output embedding is no Linear, so it is built unquantized and does not load"
         if rule:
             is_exact = is_exact_in_bfloat16(from_checkpoint(layer, reader.get_tensor))
-            is_fixable = is_exact and f"{layer}.weight" not in reader.file_of
+            is_fixable = is_exact and rule != "tied-lm-head" and f"{layer}.weight" not in reader.file_of
             yield found(rule, layer, message, severity=severity, fixable=is_fixable)
 
 
@@ -119,7 +119,11 @@ def check_inputs(reader: CheckpointReader, readable: list[str], config: dict[str
     for layer in readable:
         name = f"{layer}.{INPUT_GLOBAL_SCALE}"
         if name in names:
-            scale = reader.get_tensor(name).float().item()
+            try:
+                scale = reader.get_tensor(name).float().item()
+            except ValueError as error:
+                yield found("unreadable-tensor", name, str(error))
+                continue
             groups.setdefault(fused_group_key(layer), {})[layer] = scale
             if not math.isfinite(scale) or scale <= 0:
                 yield found("bad-input-scale", layer, f"the scale of its inputs, {scale}, is not finite and positive")

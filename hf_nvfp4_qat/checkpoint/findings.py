@@ -17,7 +17,7 @@ _LONGEST = 600
 
 @dataclass(frozen=True)
 class Rule:
-    """What all findings of a rule share: how bad they are, what to do, and which engines they concern (if none: all)."""
+    """What all findings of a rule share: how bad they are, what to do, which engines they concern (none: all)."""
 
     severity: str
     fix: str
@@ -85,7 +85,9 @@ RULES = {
     # Layers that do not bear four bits
     "quantized-router": Rule("error", _KEEP_OUT),
     "quantized-lm-head": Rule("error", _KEEP_OUT, ("vllm",)),
-    "tied-lm-head": Rule("error", _KEEP_OUT),
+    "tied-lm-head": Rule(
+        "error", "Decide which is meant: set `tie_word_embeddings` to false, or remove the tensors of the head."
+    ),
     "quantized-embedding": Rule("error", "Decode it to bfloat16."),
     # Against the architecture
     "missing-tensor": Rule("error", _AGAIN),

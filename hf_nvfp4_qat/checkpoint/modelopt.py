@@ -16,7 +16,7 @@ its reciprocal in the metadata of the safetensors file, and comes back exact.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -238,6 +238,11 @@ def is_modelopt(directory: Path, config: Mapping[str, Any]) -> bool:
     if not quantization:
         return (directory / HF_QUANT_CONFIG).is_file()
     return isinstance(quantization, dict) and quantization.get("quant_method") in _QUANT_METHODS
+
+
+def has_modelopt_names(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are packed in ModelOpt's dialect, whatever a config says."""
+    return any(name.endswith(f".{_RECIPROCALS[GLOBAL_ENCODE_SCALE]}") for name in names)
 
 
 def unpacked_layers(reader: CheckpointReader) -> list[str]:

@@ -48,7 +48,7 @@ from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import reason_by_name
 
 _RESCALED = ("unshared-scale", "subnormal-block-scale")
-_DECODED = ("quantized-router", "quantized-lm-head", "tied-lm-head", "quantized-embedding")
+_DECODED = ("quantized-router", "quantized-lm-head", "quantized-embedding")
 
 
 @dataclass
