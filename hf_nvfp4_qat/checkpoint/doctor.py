@@ -220,7 +220,8 @@ def _checked_config(examination: Examination) -> dict[str, Any] | None:
         quantization = config.get("quantization_config") or {}
         if is_nvfp4_config(quantization):
             activations_of(quantization), scale_rule_of(quantization)
-            _refuse_odd_types(quantization)
+            for written in (quantization, contents.config.get("quantization_config") or {}):
+                _refuse_odd_types(written)
         examination.findings += check_config(config)
     except ValueError as error:
         rule = "other-format" if is_modelopt(contents.directory, contents.config) else "bad-config"
@@ -244,8 +245,9 @@ def _refuse_odd_types(quantization: dict[str, Any]) -> None:
     if not isinstance(quantization.get("ignore") or [], list):
         raise TypeError(f"`ignore` is a {type(quantization['ignore']).__name__}")
     for group in (quantization.get("config_groups") or {}).values():
-        if not isinstance(group.get("targets") or [], list):
-            raise TypeError(f"`targets` is a {type(group['targets']).__name__}")
+        for name, kind in (("targets", list), ("weights", dict), ("input_activations", dict)):
+            if not isinstance(group.get(name) or kind(), kind):
+                raise TypeError(f"`{name}` is a {type(group[name]).__name__}")
 
 
 def _refuse_endless(config: dict[str, Any], reader: CheckpointReader) -> None:
@@ -297,7 +299,9 @@ def _check_legacy_config(contents: Contents) -> Iterator[Finding]:
 def legacy_settings(quantization: dict[str, Any]) -> dict[str, Any]:
     """What hf_quant_config.json has to say for a `quantization_config` in ModelOpt's dialect."""
     groups = quantization.get("config_groups") or {}
-    sizes = [group["weights"]["group_size"] for group in groups.values() if "group_size" in group.get("weights", {})]
+    sizes = [
+        group["weights"]["group_size"] for group in groups.values() if "group_size" in (group.get("weights") or {})
+    ]
     found_sizes = {"group_size": sizes[0]} if sizes else {}
     return {
         "quant_algo": quantization.get("quant_algo"),
