@@ -10,11 +10,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 BAD_INPUT = 2
 """Exit code for bad input, and for a checkpoint that is not good."""
+FOUND_FAULTS = 1
+"""Exit code of `doctor` for a checkpoint that it can examine, and in which something goes wrong."""
 
 app = typer.Typer(
     name="nvfp4-qat",
@@ -47,8 +50,14 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(f"[bold red]error:[/] {' '.join(str(error).split())}", soft_wrap=True, highlight=False)
+        # Markup and control characters in it may be a stranger's.
+        message = escape(_without_controls(" ".join(str(error).split())))
+        errors.print(f"[bold red]error:[/] {message}", soft_wrap=True, highlight=False)
         raise typer.Exit(BAD_INPUT) from None
+
+
+def _without_controls(text: str) -> str:
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @contextmanager
@@ -328,6 +337,34 @@ def verify(path: Source) -> None:
         report = verify_nvfp4(path)
     console.print(str(report), soft_wrap=True, highlight=False, markup=False)
     raise typer.Exit(0 if report.ok else BAD_INPUT)
+
+
+@app.command()
+def doctor(
+    path: Source,
+    engine: Annotated[str | None, typer.Option(help="vllm, sglang or transformers; all by default.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share each matrix.")] = 1,
+    fix: Annotated[bool, typer.Option("--fix", help="Mend in place what can be mended without loss.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Say what will go wrong with an NVFP4 checkpoint, where, and what to do; exit code 1 if anything does."""
+    with _readable_errors():
+        from hf_nvfp4_qat.checkpoint.doctor import examine
+        from hf_nvfp4_qat.checkpoint.repair import repair
+
+        diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
+        fixed = repair(path) if fix else []
+        if fixed:
+            diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
+    if as_json:
+        report = {**diagnosis.as_json(), **({"fixed": fixed} if fix else {})}
+        json.dump(report, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+    else:
+        for change in fixed:
+            console.print(f"fixed: {change}", soft_wrap=True, highlight=False, markup=False)
+        console.print(str(diagnosis), soft_wrap=True, highlight=False, markup=False)
+    raise typer.Exit(0 if diagnosis.ok else FOUND_FAULTS)
 
 
 @app.command()

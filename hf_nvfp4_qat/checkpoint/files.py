@@ -1,4 +1,8 @@
-"""Safetensors files on disk: written under temporary names and renamed when all are complete; read lazily."""
+"""Safetensors files on disk: written under temporary names and renamed when all are complete; read lazily.
+
+Whatever is read may come from a stranger: sizes are looked at before a file is, and no name in an index leads out of
+its folder.
+"""
 
 import json
 import os
@@ -12,10 +16,16 @@ import torch
 from safetensors import safe_open
 
 CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
 """Which ModelOpt's checkpoints have beside config.json."""
 PARTIAL_SUFFIX = ".nvfp4-partial"
+_RENAMES = f"renames.json{PARTIAL_SUFFIX}"
+"""Lists what an unfinished change of a checkpoint in place still has to rename."""
+
+_MAX_JSON_BYTES = 2**27
+"""Of an index of 100,000 tensors, the largest such file there is, about 10 MB are in use."""
 
 
 class StagedFiles:
@@ -36,12 +46,17 @@ class StagedFiles:
 
 
 @contextmanager
-def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
+def staged_files(directory: str | os.PathLike, *, in_place: bool = False) -> Iterator[StagedFiles]:
     """All files of a checkpoint appear together, config.json last, or none does.
 
     A killed process leaves ``*.nvfp4-partial`` files, which nothing loads and the next save into the directory removes;
     an exception leaves nothing. An older checkpoint in the directory stays whole until the new one is; between the two,
     for as long as renaming takes, there is no config.json and nothing loads.
+
+    Args:
+        directory: made if missing.
+        in_place: change some files of a checkpoint and keep the others. A process that is killed while it renames
+            leaves a list of what is to be done, for ``finish_renaming``: half of a new checkpoint would be nobody's.
 
     Raises:
         ValueError: `directory` is a file.
@@ -55,18 +70,97 @@ def staged_files(directory: str | os.PathLike) -> Iterator[StagedFiles]:
     staged = StagedFiles(directory)
     try:
         yield staged
+        names = sorted(dict.fromkeys(staged.names), key=lambda name: name == CONFIG_FILE)
+        if in_place:
+            # Complete before its own name appears: from then on the change is made, whatever happens.
+            (directory / f"{_RENAMES}.new").write_text(json.dumps(names), encoding="utf-8")
+            os.replace(directory / f"{_RENAMES}.new", directory / _RENAMES)
         # From here to the end nothing loads: without a config.json the directory is no checkpoint.
         if CONFIG_FILE in staged.names:
             (directory / CONFIG_FILE).unlink(missing_ok=True)
-        if any(_WEIGHTS_FILE.fullmatch(name) for name in staged.names):
+        if any(_WEIGHTS_FILE.fullmatch(name) for name in staged.names) and not in_place:
             for older in (*weight_files(directory), directory / HF_QUANT_CONFIG):
                 if older.name not in staged.names:
                     older.unlink(missing_ok=True)
-        for name in sorted(dict.fromkeys(staged.names), key=lambda name: name == CONFIG_FILE):
+        for name in names:
             os.replace(directory / f"{name}{PARTIAL_SUFFIX}", directory / name)
+        (directory / _RENAMES).unlink(missing_ok=True)
     finally:
-        for name in staged.names:
-            (directory / f"{name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+        if not is_unfinished(directory):
+            for name in staged.names:
+                (directory / f"{name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a change in place was interrupted after the last file was written and before the last was renamed."""
+    return (directory / _RENAMES).is_file()
+
+
+def finish_renaming(directory: Path) -> None:
+    """Finish what ``staged_files(in_place=True)`` was doing when its process was killed.
+
+    Raises:
+        ValueError: the list of what is to be renamed is not one of ours.
+    """
+    names = read_json(directory / _RENAMES)
+    if not isinstance(names, list) or not all(isinstance(name, str) and is_plain_name(name) for name in names):
+        raise ValueError(f"{directory / _RENAMES} must list file names; it does not. Remove it.")
+    for name in names:
+        partial = directory / f"{name}{PARTIAL_SUFFIX}"
+        if partial.is_file():
+            os.replace(partial, directory / name)
+    (directory / _RENAMES).unlink()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name from an index or a list is that of a file in the same directory, and of no other."""
+    return re.fullmatch(r"[^/\\:\x00-\x1f\x7f\ud800-\udfff]{1,200}", name) is not None and name.strip(". ") != ""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file that may be anybody's.
+
+    Raises:
+        ValueError: it is no regular file, too large, not UTF-8, not JSON, or nested too deeply.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} must be a regular file; it is none. Copy the checkpoint's own file there.")
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise ValueError(f"{path} must have at most {_MAX_JSON_BYTES} bytes; it has {size}. Do not trust it.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON that can be read: it is nested too deeply. Do not trust it.") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are
+        raise ValueError(f"{path} is not JSON: {error}. Download or copy it again.") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that may be anybody's.
+
+    Raises:
+        ValueError: as ``read_json``, or it is something other than an object.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} must hold a JSON object; it holds a {type(content).__name__}. Download or copy it again."
+        )
+    return content
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor name to file name, of an index; the file names may still be any string.
+
+    Raises:
+        ValueError: as ``read_json_object``, or it has no `weight_map` from strings to strings.
+    """
+    weight_map = read_json_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(
+            f"{path} must have a `weight_map` from tensor names to file names; it does not. Copy it again."
+        )
+    return weight_map
 
 
 _WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))
@@ -82,7 +176,14 @@ def weight_files(directory: str | os.PathLike) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
-def _tensor_names(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
+    """Names in the header of a safetensors file; its parser checks every size and offset against the file.
+
+    Raises:
+        ValueError: it is no regular file, or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} must be a regular file; it is none. Copy the checkpoint's own file there.")
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())
@@ -98,21 +199,24 @@ class CheckpointReader:
 
     Args:
         directory: a directory with model.safetensors, or an index and its shards.
+        file_of: tensor name to file name, if that is known already.
 
     Raises:
         ValueError: no safetensors weights there, or a shard named by the index is missing.
     """
 
-    def __init__(self, directory: str | os.PathLike) -> None:
+    def __init__(self, directory: str | os.PathLike, file_of: dict[str, str] | None = None) -> None:
         self.directory = Path(directory)
         index = self.directory / INDEX_FILE
-        single = self.directory / "model.safetensors"
+        single = self.directory / SINGLE_FILE
         # model.safetensors first, as Transformers does.
-        if single.is_file():
-            self.file_of = dict.fromkeys(_tensor_names(single), single.name)
+        if file_of is not None:
+            self.file_of = file_of
+        elif single.is_file():
+            self.file_of = dict.fromkeys(tensor_names(single), single.name)
         elif index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if outside := [file for file in weight_map.values() if Path(file).name != file]:
+            weight_map = read_weight_map(index)
+            if outside := [file for file in weight_map.values() if not is_plain_name(file)]:
                 raise ValueError(f"{index} must name files beside it; it names {outside[0]!r}. Do not trust it.")
             missing = sorted({file for file in weight_map.values() if not (self.directory / file).is_file()})
             if missing:
@@ -140,20 +244,12 @@ class CheckpointReader:
             ValueError: there is none, or it is no JSON object.
         """
         path = self.directory / CONFIG_FILE
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not path.exists():
             raise ValueError(
                 f"A checkpoint directory holds a {CONFIG_FILE}; {self.directory} does not. Download or copy the whole "
                 "checkpoint."
-            ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}. Download or copy it again.") from None
-        if not isinstance(config, dict):
-            raise ValueError(
-                f"{path} must hold a JSON object; it holds a {type(config).__name__}. Download or copy it again."
             )
-        return config
+        return read_json_object(path)
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into CPU memory.
@@ -162,7 +258,7 @@ class CheckpointReader:
             ValueError: the file that should hold it does not, or cannot be read.
         """
         try:
-            return self._file(name).get_tensor(self._name_in_file(name))
+            return self._file(name).get_tensor(self.name_in_file(name))
         except Exception as error:  # safetensors raises a type of its own
             path = self.directory / self.file_of[name]
             raise ValueError(_DAMAGED.format(path=path, name=name, error=error)) from error
@@ -170,7 +266,7 @@ class CheckpointReader:
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype name, shape) of a tensor, without reading it."""
         try:
-            view = self._file(name).get_slice(self._name_in_file(name))
+            view = self._file(name).get_slice(self.name_in_file(name))
         except Exception as error:
             path = self.directory / self.file_of[name]
             raise ValueError(_DAMAGED.format(path=path, name=name, error=error)) from error
@@ -180,7 +276,8 @@ class CheckpointReader:
         """Metadata of the file that a tensor is in."""
         return self._file(name).metadata() or {}
 
-    def _name_in_file(self, name: str) -> str:
+    def name_in_file(self, name: str) -> str:
+        """The name under which the file holds a tensor: its own, but for another dialect's."""
         return name
 
     def _file(self, name: str) -> Any:

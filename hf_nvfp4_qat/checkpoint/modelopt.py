@@ -16,13 +16,14 @@ its reciprocal in the metadata of the safetensors file, and comes back exact.
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader, read_json_object
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
     GLOBAL_ENCODE_SCALE,
@@ -156,8 +157,8 @@ class ModelOptReader(CheckpointReader):
         ValueError: as ``CheckpointReader``.
     """
 
-    def __init__(self, directory: str | os.PathLike) -> None:
-        super().__init__(directory)
+    def __init__(self, directory: str | os.PathLike, file_of: dict[str, str] | None = None) -> None:
+        super().__init__(directory, file_of)
         layers = {name.rpartition(".")[0] for name in self.file_of if name.endswith(".weight_scale_2")}
         here = {there: part for part, there in _NAMES.items()}
         self._exact: dict[str, dict[str, str]] = {}
@@ -200,7 +201,7 @@ class ModelOptReader(CheckpointReader):
     def turned_around(self, name: str) -> tuple[torch.Tensor, str | None]:
         """A tensor, and of a scale whose reciprocal's reciprocal is another, the stored bytes in hexadecimal."""
         stored = super().get_tensor(name)
-        if not self._is_reciprocal(name):
+        if not self.is_reciprocal(name):
             return stored, None
         file = self.file_of[name]
         if file not in self._exact:
@@ -210,12 +211,13 @@ class ModelOptReader(CheckpointReader):
 
     def layout(self, name: str) -> tuple[str, tuple[int, ...]]:  # noqa: D102
         dtype, shape = super().layout(name)
-        return ("F32", (1,)) if self._is_reciprocal(name) and shape in ((), (1,)) else (dtype, shape)
+        return ("F32", (1,)) if self.is_reciprocal(name) and shape in ((), (1,)) else (dtype, shape)
 
-    def _name_in_file(self, name: str) -> str:
+    def name_in_file(self, name: str) -> str:  # noqa: D102
         return self.stored_name[name]
 
-    def _is_reciprocal(self, name: str) -> bool:
+    def is_reciprocal(self, name: str) -> bool:
+        """Whether the file holds the reciprocal of a tensor."""
         return name.rpartition(".")[2] in _RECIPROCALS and self.stored_name[name] != name
 
 
@@ -227,12 +229,23 @@ def open_checkpoint(directory: str | os.PathLike) -> CheckpointReader:
     """
     reader = CheckpointReader(directory)
     try:
-        config = reader.config().get("quantization_config")
+        config = reader.config()
     except ValueError:
         return reader  # who needs a config.json will say so
-    method = (config or {}).get("quant_method", "")
-    is_modelopt = method in _QUANT_METHODS or (not config and (reader.directory / HF_QUANT_CONFIG).is_file())
-    return ModelOptReader(directory) if is_modelopt else reader
+    return ModelOptReader(directory) if is_modelopt(reader.directory, config) else reader
+
+
+def is_modelopt(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with this config.json is in ModelOpt's dialect."""
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return (directory / HF_QUANT_CONFIG).is_file()
+    return isinstance(quantization, dict) and quantization.get("quant_method") in _QUANT_METHODS
+
+
+def has_modelopt_names(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are packed in ModelOpt's dialect, whatever a config says."""
+    return any(name.endswith(f".{_RECIPROCALS[GLOBAL_ENCODE_SCALE]}") for name in names)
 
 
 def unpacked_layers(reader: CheckpointReader) -> list[str]:
@@ -249,11 +262,7 @@ def _stored_config(config: Mapping[str, Any], reader: CheckpointReader) -> dict[
         found = {**stored, "ignore": list(stored.get("ignore") or [])}
     else:
         if not stored:
-            path = reader.directory / HF_QUANT_CONFIG
-            try:
-                stored = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path} cannot be read: {error}. Download or copy it again.") from error
+            stored = read_json_object(reader.directory / HF_QUANT_CONFIG)
         details = stored.get("quantization") or {}
         cache = details.get("kv_cache_quant_algo")
         is_fp8 = cache == "FP8"
@@ -282,15 +291,59 @@ def _spelled_out(entries: list[str], unpacked: list[str], is_match: Callable[[st
     return sorted({*plain, *named})
 
 
+def shift_exact_scales(metadata: Mapping[str, str], exponents: Mapping[str, int]) -> dict[str, str]:
+    """Metadata of a file some of whose global scales are multiplied by powers of two, of either dialect.
+
+    Args:
+        metadata: of the file as it was.
+        exponents: stored name to the exponent by which that scale grows; its reciprocal shrinks as much.
+    """
+    exact = _exact_scales(metadata)
+    for name in exact.keys() & exponents.keys():
+        exact[name] = _bytes_of(torch.ldexp(_of_bytes(exact[name]), torch.tensor(-exponents[name])))
+    return _with_exact_scales(metadata, exact)
+
+
 def _turned_around(scale: torch.Tensor, exact: str | None) -> tuple[torch.Tensor, str | None]:
-    """The reciprocal, float32 ``[]``, or the `exact` one if known; and the scale's bytes if they are lost by it."""
+    """The reciprocal, float32 ``[]``, or the `exact` one if known; and the scale's bytes if they are lost by it.
+
+    Raises:
+        ValueError: the `exact` one is not the reciprocal but for its last bits.
+    """
     scale = scale.float().reshape(())
-    found = 1.0 / scale if exact is None else torch.frombuffer(bytearray.fromhex(exact), dtype=torch.float32)[0]
-    return found, None if torch.equal(1.0 / found, scale) else scale.numpy().tobytes().hex()
+    found = 1.0 / scale
+    if exact is not None:
+        found, rounded = _of_bytes(exact), found
+        if not torch.isclose(found, rounded, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"The metadata `{_EXACT}` holds a scale's lost bits, not another scale; it says {found.item()} where "
+                f"the file says {rounded.item()}. Take the file from its source again."
+            )
+    return found, None if torch.equal(1.0 / found, scale) else _bytes_of(scale)
+
+
+def _bytes_of(scale: torch.Tensor) -> str:
+    return scale.numpy().tobytes().hex()
+
+
+def _of_bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.float32)[0]
 
 
 def _exact_scales(metadata: Mapping[str, str]) -> dict[str, str]:
-    return json.loads(metadata.get(_EXACT, "{}"))
+    """Stored name to the bytes of its scale's exact reciprocal, in hexadecimal.
+
+    Raises:
+        ValueError: the metadata is damaged.
+    """
+    try:
+        exact = json.loads(metadata.get(_EXACT, "{}"))
+        is_good = isinstance(exact, dict) and all(len(bytes.fromhex(value)) == 4 for value in exact.values())
+    except (ValueError, TypeError, RecursionError):
+        is_good = False
+    if not is_good:
+        raise ValueError(f"The metadata `{_EXACT}` of a file is damaged. Take the file from its source again.")
+    return exact
 
 
 def _with_exact_scales(metadata: Mapping[str, str], exact: Mapping[str, str]) -> dict[str, str]:

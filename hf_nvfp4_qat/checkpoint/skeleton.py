@@ -14,13 +14,15 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     """The Transformers class that config.json names in `architectures`.
 
     Raises:
-        ValueError: none is named, or this version of Transformers does not have it.
+        ValueError: none is named, or this version of Transformers does not have it, or it is no model.
     """
     import transformers
 
-    name = (config.architectures or [None])[0]
+    named = config.architectures
+    name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     found = getattr(transformers, name, None) if name else None
-    if found is None:
+    # Transformers has other classes too, and what config.json names is called with what config.json holds.
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(
             f"config.json must name an architecture of Transformers {transformers.__version__} in `architectures`; it "
             f"names {name!r}. Custom architectures: load the model yourself and call `prepare_qat`."
@@ -35,7 +37,7 @@ def unquantized_config(directory: Path) -> Any:
         ValueError: config.json is missing or of an unknown model type.
     """
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"Transformers cannot read the config of {directory}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:

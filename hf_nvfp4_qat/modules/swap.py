@@ -292,9 +292,18 @@ def _pattern_for(name: str, exclude: tuple[str, ...]) -> str | None:
     return next((pattern for pattern in exclude if matches(name, pattern)), None)
 
 
+def reason_by_name(name: str) -> str | None:
+    """Why a layer of this name stays in high precision whatever its model is: "router", "output embedding", ...
+
+    Args:
+        name: dotted path, of a module or of its checkpoint name.
+    """
+    return _EXCLUDED_LOCAL_NAMES.get(name.rpartition(".")[2])
+
+
 def _reason_by_rule(name: str, preset: str) -> str | None:
     *parents, local_name = name.split(".")
-    if reason := _EXCLUDED_LOCAL_NAMES.get(local_name):
+    if reason := reason_by_name(name):
         return reason
     if tower := next((part for part in (*parents, local_name) if part in _EXCLUDED_TOWERS), None):
         return _EXCLUDED_TOWERS[tower]
@@ -309,7 +318,7 @@ def _bare_routers(model: nn.Module) -> dict[str, str]:
         name: "router"
         for name, module in model.named_modules()
         if not isinstance(module, nn.Linear)
-        and _EXCLUDED_LOCAL_NAMES.get(name.rpartition(".")[2]) == "router"
+        and reason_by_name(name) == "router"
         and any(p.ndim == 2 for p in module.parameters(recurse=False))
     }
 

@@ -206,7 +206,10 @@ DAMAGES = {
     "scale without codes": (drop(f"{UP}.weight_packed"), "a scale without packed codes"),
     "extra tensor": (add("model.extra.weight", torch.ones(2)), "model.extra.weight: not a tensor of Qwen3ForCausalLM"),
     "both forms": (add(f"{UP}.weight", torch.ones(2, 2)), "both an unquantized weight and packed codes"),
-    "wrong dtype": (set_tensor("weight_scale", lambda t: t.float()), "needs `block_scale` as torch.float8_e4m3fn"),
+    "wrong dtype": (
+        set_tensor("weight_scale", lambda t: t.float()),
+        "needs `weight_scale` as F8_E4M3 [128, 4]; it is F32",
+    ),
     "wrong rows": (set_tensor("weight_packed", lambda t: t[:-1].contiguous()), "needs `"),
     "shared scale": (set_tensor("weight_global_scale", lambda t: t * 2), "vLLM fuses it with"),
     "zero global scale": (set_tensor("weight_global_scale", lambda t: t * 0), "not finite and positive"),

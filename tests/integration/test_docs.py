@@ -14,6 +14,7 @@ from fake_hub import FakeHub
 from messages import VALUE, messages
 
 import hf_nvfp4_qat
+from hf_nvfp4_qat.checkpoint.findings import RULES
 from hf_nvfp4_qat.cli import app
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,13 @@ def messages_on_the_page() -> list[str]:
 def test_every_message_is_on_the_page_by_its_fixed_words(message):
     assert len(message.fixed_words) >= 8, f"nothing to search for: {message.text}"
     assert any(message.fixed_words in shown for shown in messages_on_the_page()), message.text
+
+
+def test_every_rule_of_the_doctor_is_on_the_page():
+    text = TROUBLESHOOTING.read_text(encoding="utf-8")
+    table = text.partition("## What `nvfp4-qat doctor` finds")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `([^`]+)` \| (\w+) \| ([\w, ]+) \| (.+) \|$", table, re.MULTILINE)
+    assert rows == [(name, rule.severity, ", ".join(rule.engines) or "all", rule.fix) for name, rule in RULES.items()]
 
 
 def test_the_page_has_no_message_that_the_package_does_not_have():

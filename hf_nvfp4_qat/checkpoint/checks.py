@@ -1,0 +1,242 @@
+"""What is checked in every packed checkpoint, by ``verify_nvfp4`` and ``doctor``: configuration, parts, values, names.
+
+Layouts are compared before a tensor is read, so that nothing is read, or computed, whose size is only claimed. All
+names are those of compressed-tensors; the reader shows the other dialect under them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, CheckpointReader
+from hf_nvfp4_qat.checkpoint.findings import Finding, found
+from hf_nvfp4_qat.checkpoint.names import (
+    BLOCK_SCALE,
+    FORMAT,
+    GLOBAL_ENCODE_SCALE,
+    INPUT_GLOBAL_SCALE,
+    PACKED,
+    QUANT_METHOD,
+    SERVED_DTYPE,
+    checkpoint_layout,
+    from_checkpoint,
+    is_nvfp4_config,
+    layer_of,
+    packed_tensors,
+)
+from hf_nvfp4_qat.checkpoint.patterns import names_matching
+from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, scale_facts, shared_exponents
+from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_shapes, linear_weights
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+
+_STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
+_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
+
+
+def check_config(config: dict[str, Any]) -> Iterator[Finding]:
+    """config.json says what loaders must know."""
+    quantization = config.get("quantization_config") or {}
+    if not is_nvfp4_config(quantization):
+        is_other = f"; it is {quantization.get('quant_method')} / {quantization.get('format')}" if quantization else ""
+        rule = "other-format" if quantization else "no-quantization-config"
+        yield found(rule, CONFIG_FILE, f"quantization_config is not {QUANT_METHOD} / {FORMAT}{is_other}")
+    elif quantization.get("quantization_status") != "compressed":
+        message = "quantization_status must be 'compressed' for Transformers to unpack"
+        yield found("status-not-compressed", CONFIG_FILE, message, fixable=True)
+
+
+def check_dtype(config: dict[str, Any]) -> Iterator[Finding]:
+    """What is not packed is served in bfloat16."""
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype != str(SERVED_DTYPE).removeprefix("torch."):
+        yield found("dtype", CONFIG_FILE, f"dtype is {dtype}; ours is bfloat16, exact for our weights")
+
+
+def check_parts(reader: CheckpointReader, layers: list[str]) -> tuple[list[Finding], list[str]]:
+    """The parts of each layer are there, once, in the dtypes and shapes that belong together.
+
+    Returns:
+        What is wrong, and the layers that can be read.
+    """
+    findings: list[Finding] = []
+    layouts: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in reader.names:
+        try:
+            layouts[name] = reader.layout(name)
+        except ValueError as error:
+            findings.append(found("unreadable-tensor", name, str(error)))
+    readable = []
+    for layer in layers:
+        wrong = list(_check_layer_parts(layer, layouts))
+        findings += wrong
+        if not wrong:
+            readable.append(layer)
+        if f"{layer}.weight" in layouts:
+            findings.append(found("both-forms", layer, "has both an unquantized weight and packed codes"))
+    for name in layouts:
+        layer, _, part = name.rpartition(".")
+        if part in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE) and f"{layer}.{PACKED}" not in layouts:
+            findings.append(found("scale-without-codes", name, "a scale without packed codes"))
+    return findings, readable
+
+
+def _check_layer_parts(layer: str, layouts: dict[str, tuple[str, tuple[int, ...]]]) -> Iterator[Finding]:
+    missing = [part for part in (PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE) if f"{layer}.{part}" not in layouts]
+    if missing:
+        yield found("missing-parts", layer, f"missing {', '.join(missing)}")
+        return
+    _, codes_shape = layouts[f"{layer}.{PACKED}"]
+    if len(codes_shape) != 2 or 0 in codes_shape or codes_shape[1] % (BLOCK_SIZE // 2):
+        yield found(
+            "wrong-layout",
+            layer,
+            f"{PACKED} is {_shown(codes_shape)}; codes are [N, K / 2] with K divisible by {BLOCK_SIZE}",
+        )
+        return
+    weight_shape = (codes_shape[0], 2 * codes_shape[1])
+    for name, (dtype, shape) in checkpoint_layout(layer, weight_shape, quantizes_input=True).items():
+        part = name.removeprefix(f"{layer}.")
+        stored, stored_shape = layouts.get(name, (_STORED_AS[dtype], shape))
+        is_right = stored_shape == shape or (shape == (1,) and stored_shape == ())
+        if stored != _STORED_AS[dtype] or not is_right:
+            yield found(
+                "wrong-layout",
+                layer,
+                f"an NVFP4 weight {_shown(weight_shape)} needs `{part}` as {_STORED_AS[dtype]} {_shown(shape)}; "
+                f"it is {stored} {_shown(stored_shape)}",
+            )
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return str(list(shape)) if len(shape) <= 4 else f"[{', '.join(map(str, shape[:4]))}, ...]"
+
+
+def check_values(reader: CheckpointReader, layers: list[str]) -> list[Finding]:
+    """The scales are usable, and one for what vLLM fuses.
+
+    Args:
+        reader: of the checkpoint.
+        layers: those that ``check_parts`` found readable.
+    """
+    findings: list[Finding] = []
+    groups: dict[str, dict[str, ScaleFacts]] = {}
+    for layer in layers:
+        try:
+            facts = scale_facts(from_checkpoint(layer, reader.get_tensor))
+        except (ValueError, RuntimeError) as error:
+            findings.append(found("unreadable-tensor", layer, str(error)))
+        else:
+            groups.setdefault(fused_group_key(layer), {})[layer] = facts
+    for group in groups.values():
+        findings += _check_group(group)
+    facts_of = [facts for group in groups.values() for facts in group.values()]
+    if num_other := sum(torch.frexp(torch.tensor(f.global_decode_scale)).mantissa.item() != 0.5 for f in facts_of):
+        findings.append(
+            found(
+                "other-tools-scale",
+                "global scales",
+                f"{num_other} layers have a global scale that is no power of two: another tool's; training it again "
+                "moves its values a little",
+            )
+        )
+    if num_zeros := sum(facts.num_negative_zeros for facts in facts_of):
+        findings.append(found("negative-zero", "codes", f"{num_zeros} codes are negative zero: another tool's"))
+    return findings
+
+
+def _check_group(group: dict[str, ScaleFacts]) -> Iterator[Finding]:
+    """The layers of one fused group, or one layer."""
+    first, first_facts = next(iter(group.items()))
+    is_fixable = shared_exponents(group) is not None
+    for layer, facts in group.items():
+        if not facts.has_good_global_scale:
+            message = f"global scale {facts.global_decode_scale} is not finite and positive"
+            yield found("bad-global-scale", layer, message)
+        if facts.num_bad:
+            yield found("bad-block-scale", layer, f"{facts.num_bad} block scales are NaN or negative")
+        if facts.num_zero:
+            message = f"{facts.num_zero} block scales are zero under codes that are not: these blocks decode to zeros"
+            yield found("zero-block-scale", layer, message)
+        if facts.num_subnormal:
+            message = f"{facts.num_subnormal} block scales are subnormal; Marlin reads them as zero"
+            yield found("subnormal-block-scale", layer, message, fixable=is_fixable)
+        if facts.global_decode_scale != first_facts.global_decode_scale and facts.has_good_global_scale:
+            yield found(
+                "unshared-scale",
+                layer,
+                f"vLLM fuses it with {first}, but their global scales differ",
+                fixable=is_fixable,
+            )
+
+
+def check_architecture(
+    reader: CheckpointReader, layers: list[str], readable: list[str], model: PreTrainedModel
+) -> Iterator[Finding]:
+    """Names, shapes and `ignore` are those of the model that config.json describes.
+
+    Args:
+        reader: of the checkpoint.
+        layers: all that are packed.
+        readable: those whose shapes are known.
+        model: on the meta device.
+
+    Raises:
+        ValueError: `ignore` has something that is no pattern.
+    """
+    packed = set(layers)
+    expected = checkpoint_shapes(model)
+    present = {f"{layer}.weight" for layer in packed} | {
+        name for name in reader.names if layer_of(name).rpartition(".")[0] not in packed or name.endswith(".bias")
+    }
+    present -= packed_tensors(packed)
+    for name in sorted(set(expected) - present):
+        yield found("missing-tensor", name, "missing")
+    for name in sorted(present - set(expected)):
+        is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *_CACHE_SCALES))
+        message = f"not a tensor of {type(model).__name__}"
+        if is_skipped:
+            yield found("skipped-tensor", name, f"{message}, but skipped by loaders")
+        else:
+            yield found("unknown-tensor", name, message)
+    shapes = {f"{layer}.weight": _weight_shape(reader, layer) for layer in readable}
+    shapes |= {name: reader.layout(name)[1] for name in expected if name in present and layer_of(name) not in packed}
+    for name, shape in expected.items():
+        if shapes.get(name, shape) != shape:
+            message = f"shape {_shown(shapes[name])}, the model's is {_shown(shape)}"
+            yield found("wrong-shape", name, message)
+    yield from check_ignore(reader, packed, linear_weights(model))
+
+
+def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, str]) -> Iterator[Finding]:
+    """`ignore` names the linear layers that are not packed, under both their names, and no others.
+
+    Args:
+        reader: of the checkpoint.
+        packed: names of the packed layers.
+        linears: weight name of each linear to its module path.
+
+    Raises:
+        ValueError: `ignore` has something that is no pattern.
+    """
+    ignore = (reader.config().get("quantization_config") or {}).get("ignore") or []
+    ignored = names_matching({*map(layer_of, linears), *linears.values()}, ignore)
+    names = set(reader.names)
+    for name, module_path in linears.items():
+        layer = layer_of(name)
+        message = ""
+        if layer in packed and (layer in ignored or module_path in ignored):
+            message = "packed, but `ignore` tells loaders it is not"
+        elif layer not in packed and name in names and layer not in ignored:
+            message = "not packed and not in `ignore`; vLLM would look for packed weights"
+        elif layer not in packed and name in names and module_path not in ignored:
+            message = f"`ignore` lacks its module name {module_path}; Transformers looks for that"
+        if message:
+            yield found("ignore-mismatch", layer, message, fixable=True)
+
+
+def _weight_shape(reader: CheckpointReader, layer: str) -> tuple[int, ...]:
+    rows, half_columns = reader.layout(f"{layer}.{PACKED}")[1]
+    return rows, 2 * half_columns

