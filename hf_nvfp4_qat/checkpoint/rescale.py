@@ -17,6 +17,9 @@ from hf_nvfp4_qat.numerics.format import E4M3_MAX, E4M3_MIN_NORMAL, GLOBAL_SCALE
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 _ELEMENTS_AT_ONCE = 2**24
+_MAGNITUDES = 0x7777777777777777
+_SIGNS = ~_MAGNITUDES
+"""The bits of 16 codes in an integer."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,19 @@ def scale_facts(weight: NVFP4Tensor) -> ScaleFacts:
     num_bad = num_zero = num_subnormal = num_negative_zeros = 0
     smallest, largest = math.inf, 0.0
     for rows in _row_pieces(weight):
-        scale, codes = rows.block_scale.float(), rows.codes()
+        scale, codes = rows.block_scale.float(), rows.packed
         is_bad = scale.isnan() | (scale < 0)
-        live = ((codes & 7) != 0).view(*scale.shape, -1).any(-1) & ~is_bad
+        # The 16 codes of a block are one integer of 8 bytes; without their signs it is zero or not.
+        blocks = codes.contiguous().view(torch.int64)
+        magnitudes = blocks & _MAGNITUDES
+        live = (magnitudes != 0) & ~is_bad
         used = scale[live & (scale > 0)]
         num_bad += int(is_bad.sum())
         num_zero += int((live & (scale == 0)).sum())
         num_subnormal += int((used < E4M3_MIN_NORMAL).sum())
-        num_negative_zeros += int((codes == 8).sum())
+        # Adding 7 sets the sign bit of every magnitude but zero. We write no negative zero: ours are never counted.
+        if (blocks & ~(magnitudes + _MAGNITUDES) & _SIGNS).any():
+            num_negative_zeros += int(((codes & 0x0F) == 0x08).sum()) + int(((codes & 0xF0) == 0x80).sum())
         if used.numel():
             smallest, largest = min(smallest, float(used.min())), max(largest, float(used.max()))
     has_used = largest > 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import load_qat, tiny_llama, tiny_qwen3, tiny_qwen3_moe, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -461,9 +462,7 @@ def test_a_mended_checkpoint_gives_the_logits_it_gave_where_each_layer_has_its_o
 def test_faults_of_shards_are_mended_file_by_file(healthy, tmp_path):
     path = copy_of(healthy, "shards", tmp_path / "copy")
     file = json.loads((path / INDEX).read_text())["weight_map"][f"{UP}.weight_global_scale"]
-    tensors = load_file(path / file)
-    tensors[f"{UP}.weight_global_scale"] *= 8
-    save_file(tensors, path / file, metadata={"format": "pt", "made": "by hand"})
+    scale_moved(path)
     before, values = bytes_of(path), decoded(path)
     repair(path)
     after = bytes_of(path)
@@ -503,10 +502,21 @@ def test_a_repair_in_modelopts_dialect_keeps_the_bits_that_reciprocals_lose(heal
     assert examine(tmp_path / "there").ok
 
 
+def scale_moved(path: Path) -> None:
+    """Of one layer, whose file only is written again."""
+    file = json.loads((path / INDEX).read_text())["weight_map"][f"{UP}.weight_global_scale"]
+    tensors = load_file(path / file)
+    tensors[f"{UP}.weight_global_scale"] *= 8
+    save_file(tensors, path / file, metadata={"format": "pt", "made": "by hand"})
+
+
 @pytest.mark.parametrize("num_renamed", [0, 1, 2])
-def test_a_repair_killed_while_it_renames_is_finished_by_the_next(num_renamed, healthy, tmp_path, monkeypatch):
-    path = copy_of(healthy, "experts", tmp_path / "copy")
-    packed_instead(ROUTER)(path)
+@pytest.mark.parametrize("base, damage", [("experts", packed_instead(ROUTER)), ("shards", scale_moved)])
+def test_a_repair_killed_while_it_renames_is_finished_by_the_next(
+    base, damage, num_renamed, healthy, tmp_path, monkeypatch
+):
+    path = copy_of(healthy, base, tmp_path / "copy")
+    damage(path)
     values = decoded(path)
     replace, renamed = os.replace, []
 
@@ -605,6 +615,20 @@ def test_a_hostile_architecture_is_not_built(change, healthy, tmp_path):
     start = time.monotonic()
     finding_of(examine(path), "not-compared", "architecture")
     assert time.monotonic() - start < 10
+
+
+def test_of_what_config_json_names_only_models_are_called(healthy, tmp_path, monkeypatch):
+    class Caught:
+        calls = 0
+
+        def __init__(self, *arguments):
+            Caught.calls += 1
+
+    monkeypatch.setattr(transformers, "Trainer", Caught)
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    config(architectures=["Trainer"])(path)
+    finding_of(examine(path), "not-compared", "architecture")
+    assert Caught.calls == 0
 
 
 def test_patterns_that_would_match_for_ever_are_stopped(healthy, tmp_path):
