@@ -557,6 +557,35 @@ def test_a_repair_that_cannot_write_leaves_every_byte(healthy, tmp_path, monkeyp
     assert bytes_of(path) == before
 
 
+def two_of_one(path: Path) -> None:
+    scale_moved(path)
+    in_two_files(path)
+
+
+def lost_and_unnamed(path: Path) -> None:
+    remapped(lambda m: [m.update(ghost=m["model.norm.weight"]), m.pop("model.norm.weight")])(path)
+
+
+@pytest.mark.parametrize("damage", [two_of_one, lost_and_unnamed])
+def test_what_could_be_mended_is_left_where_it_is_not_clear_which_tensor_counts(damage, healthy, tmp_path):
+    path = copy_of(healthy, "shards", tmp_path / "copy")
+    damage(path)
+    before = bytes_of(path)
+    assert not any(finding.fixable for finding in examine(path).findings)
+    assert repair(path) == [] and bytes_of(path) == before
+
+
+def test_of_a_pattern_that_goes_what_it_rightly_stood_for_stays(healthy, tmp_path):
+    """Also where the architecture, and so the list of linears, is not known."""
+    path = copy_of(healthy, "llm-compressor", tmp_path / "copy")
+    config(architectures=["NobodyForCausalLM"])(path)
+    quantization(ignore=[r"re:.*(up_proj|lm_head)$", "elsewhere"])(path)
+    finding_of(examine(path), "ignore-mismatch", UP)
+    repair(path)
+    assert examine(path).ok
+    assert json.loads((path / "config.json").read_text())["quantization_config"]["ignore"] == ["elsewhere", "lm_head"]
+
+
 def test_what_only_another_engine_does_is_left_out(healthy, tmp_path):
     path = copy_of(healthy, "ours", tmp_path / "copy")
     quantization(quantization_status="frozen")(path)
