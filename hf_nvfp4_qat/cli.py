@@ -353,18 +353,30 @@ def doctor(
         from hf_nvfp4_qat.checkpoint.repair import repair
 
         diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
-        fixed = repair(path) if fix else []
+        fixed, reason = [], ""
+        try:
+            fixed = repair(path) if fix else []
+        except (ValueError, OSError) as error:
+            reason = str(error)
         if fixed:
             diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
     if as_json:
-        report = {**diagnosis.as_json(), **({"fixed": fixed} if fix else {})}
+        report = {
+            **diagnosis.as_json(),
+            **({"fixed": fixed} if fix else {}),
+            **({"not_fixed": reason} if reason else {}),
+        }
         json.dump(report, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
         for change in fixed:
             console.print(f"fixed: {change}", soft_wrap=True, highlight=False, markup=False)
         console.print(str(diagnosis), soft_wrap=True, highlight=False, markup=False)
-    raise typer.Exit(0 if diagnosis.ok else FOUND_FAULTS)
+        if reason:
+            console.print(
+                _without_controls(f"nothing was fixed: {reason}"), soft_wrap=True, highlight=False, markup=False
+            )
+    raise typer.Exit(BAD_INPUT if reason else 0 if diagnosis.ok else FOUND_FAULTS)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, CheckpointReader
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
@@ -29,7 +29,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, scale_facts, shared_exponents
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_shapes, linear_weights
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 
 _STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
@@ -226,15 +226,20 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
     names = set(reader.names)
     for name, module_path in linears.items():
         layer = layer_of(name)
-        message = ""
+        message, is_fixable = "", True
         if layer in packed and (layer in ignored or module_path in ignored):
             message = "packed, but `ignore` tells loaders it is not"
+        elif layer not in packed and name in names and reader.layout(name)[0] not in FLOATING:
+            message, is_fixable = f"neither packed nor unquantized: its weight is {reader.layout(name)[0]}", False
         elif layer not in packed and name in names and layer not in ignored:
             message = "not packed and not in `ignore`; vLLM would look for packed weights"
         elif layer not in packed and name in names and module_path not in ignored:
             message = f"`ignore` lacks its module name {module_path}; Transformers looks for that"
         if message:
-            yield found("ignore-mismatch", layer, message, fixable=True)
+            yield found("ignore-mismatch", layer, message, fixable=is_fixable)
+    stored = {layer_of(name) for name in linears if name in names} | packed
+    for inside, outside in split_fused_groups(packed, stored).values():
+        yield found("split-group", inside[0], f"packed, but {outside[0]}, which vLLM fuses with it, is not")
 
 
 def _weight_shape(reader: CheckpointReader, layer: str) -> tuple[int, ...]:

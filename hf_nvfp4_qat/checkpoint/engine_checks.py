@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, CheckpointReader
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
 from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, activations_of, from_checkpoint, layer_of, packed_tensors
@@ -146,7 +146,7 @@ def check_unpacked_values(reader: CheckpointReader, layers: list[str]) -> Iterat
     """What is not packed is finite; one tensor is in memory at a time."""
     packed = packed_tensors(layers)
     for name in reader.names:
-        if name not in packed and reader.layout(name)[0] in ("F64", "F32", "F16", "BF16"):
+        if name not in packed and reader.layout(name)[0] in FLOATING:
             try:
                 tensor = reader.get_tensor(name)
             except ValueError as error:

@@ -20,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
 """Which ModelOpt's checkpoints have beside config.json."""
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Dtypes, as safetensors names them, of what is not quantized."""
 PARTIAL_SUFFIX = ".nvfp4-partial"
 _RENAMES = f"renames.json{PARTIAL_SUFFIX}"
 """Lists what an unfinished change of a checkpoint in place still has to rename."""
@@ -249,7 +251,14 @@ class CheckpointReader:
                 f"A checkpoint directory holds a {CONFIG_FILE}; {self.directory} does not. Download or copy the whole "
                 "checkpoint."
             )
-        return read_json_object(path)
+        config = read_json_object(path)
+        quantization = config.get("quantization_config")
+        if not isinstance(quantization or {}, dict) or not isinstance((quantization or {}).get("ignore") or [], list):
+            raise ValueError(
+                f"{path} must hold an object as `quantization_config`, with a list as `ignore`; it does not. Take it "
+                "from the checkpoint's source again."
+            )
+        return config
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Read one tensor into CPU memory.

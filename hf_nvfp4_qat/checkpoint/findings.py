@@ -56,6 +56,7 @@ RULES = {
         "`load_nvfp4(PATH).save_pretrained(DESTINATION)`.",
     ),
     "ignore-mismatch": Rule("error", "Make `ignore` name exactly the linear layers that are not packed."),
+    "split-group": Rule("error", "Pack all layers of the group, or none: `nvfp4-qat quantize --exclude`.", ("vllm",)),
     "configs-disagree": Rule("warning", "Make hf_quant_config.json say what config.json says."),
     "missing-input-scale": Rule(
         "error", "Calibrate and save again, or serve weights only: `input_activations` null in `config_groups`."

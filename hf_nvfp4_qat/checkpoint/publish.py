@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
@@ -109,6 +110,8 @@ def publish_checkpoint(
             revision=revision,
             create_pr=create_pr,
         )
+    except httpx.TransportError as error:
+        raise ValueError(f"The Hub cannot be reached ({error}). Nothing was committed: try again.") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status not in (401, 403):

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from hf_nvfp4_qat.checkpoint.doctor import Examination, legacy_settings, look_at
 from hf_nvfp4_qat.checkpoint.files import (
     CONFIG_FILE,
+    FLOATING,
     HF_QUANT_CONFIG,
     INDEX_FILE,
     StagedFiles,
@@ -231,7 +232,8 @@ def _index(examination: Examination, plan: _Plan) -> dict[str, Any]:
 
 def _ignore(examination: Examination, plan: _Plan) -> list[str]:
     """The entries that name no packed layer, and the names of all that are not packed, in both namings."""
-    names = set(examination.reader.names)
+    reader = examination.reader
+    names = {name for name in reader.names if reader.layout(name)[0] in FLOATING}
     linears = {} if examination.model is None else linear_weights(examination.model)
     packed = set(examination.layers) - set(plan.decoded)
     paths = {*packed, *(path for name, path in linears.items() if layer_of(name) in packed)}

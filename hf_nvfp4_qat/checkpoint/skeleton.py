@@ -38,7 +38,7 @@ def unquantized_config(directory: Path) -> Any:
     """
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever a wrong value leads to
         raise ValueError(f"Transformers cannot read the config of {directory}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -49,11 +49,18 @@ def skeleton(directory: Path) -> PreTrainedModel:
     """The model of a checkpoint directory with all parameters on the meta device.
 
     Raises:
-        ValueError: the architecture is unknown.
+        ValueError: the architecture is unknown, or cannot be built from these settings.
     """
     config = unquantized_config(directory)
-    with torch.device("meta"):
-        return model_class(config)(config)
+    architecture = model_class(config)
+    try:
+        with torch.device("meta"):
+            return architecture(config)
+    except Exception as error:
+        raise ValueError(
+            f"Transformers cannot build {architecture.__name__} from the config of {directory} "
+            f"({type(error).__name__}: {error}). Take config.json from the checkpoint's source again."
+        ) from error
 
 
 def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:

@@ -298,7 +298,10 @@ def reason_by_name(name: str) -> str | None:
     Args:
         name: dotted path, of a module or of its checkpoint name.
     """
-    return _EXCLUDED_LOCAL_NAMES.get(name.rpartition(".")[2])
+    parent, _, local_name = name.rpartition(".")
+    if parent.rpartition(".")[2] in ("gate", "router"):
+        return "router"  # a module whose linear has a name of its own: Hunyuan's `mlp.gate.wg`
+    return _EXCLUDED_LOCAL_NAMES.get(local_name)
 
 
 def _reason_by_rule(name: str, preset: str) -> str | None:

@@ -66,6 +66,17 @@ def by_compressed_tensors(path: Path) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+def unpack(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    tensors[f"{layer}.weight"] = from_checkpoint(layer, tensors.__getitem__).dequantize(torch.bfloat16)
+    for part in ("weight_packed", "weight_scale", "weight_global_scale"):
+        del tensors[f"{layer}.{part}"]
+
+
+def in_fp8(tensors: dict[str, torch.Tensor], layer: str) -> None:
+    unpack(tensors, layer)
+    tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
+
+
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints that are as they should be; tests copy them."""
@@ -288,6 +299,13 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
         "llm-compressor", quantization(ignore=[r"re:.*(up_proj|lm_head)$"]), "ignore-mismatch", UP, True,
     ),
     "an unpacked layer not ignored": ("llm-compressor", quantization(ignore=[]), "ignore-mismatch", "lm_head", True),
+    "a fused group packed in part": (
+        "ours", all_of(changed(lambda tensors: unpack(tensors, Q)), quantization(ignore=[Q])), "split-group",
+        Q.replace("q_proj", "k_proj"), False,
+    ),
+    "a layer in another format": (
+        "ours", changed(lambda tensors: in_fp8(tensors, DOWN)), "ignore-mismatch", DOWN, False,
+    ),
     "an unpacked layer not ignored, there": ("modelopt", quantization(ignore=[]), "ignore-mismatch", "lm_head", True),
     "two configs that disagree": (
         "modelopt", edited("hf_quant_config.json", lambda c: c["quantization"].update(exclude_modules=[UP])),
@@ -414,6 +432,37 @@ def decoded(path: Path) -> dict[str, torch.Tensor]:
 
 def bytes_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: config(quantization_config="nvfp4")(path),
+        lambda path: quantization(ignore=7)(path),
+        lambda path: config(num_attention_heads=0)(path),
+        lambda path: config(hidden_act="nobody's")(path),
+    ],
+    ids=["no object", "no list", "no heads", "no function"],
+)
+def test_a_config_that_nothing_can_use_is_one_line_for_verify_too(damage, healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    damage(path)
+    result = CliRunner().invoke(app, ["verify", str(path)])
+    assert result.exit_code in (0, 2) and not isinstance(result.exception, (TypeError, AttributeError, KeyError))
+    examine(path)
+
+
+def test_a_repair_that_fails_leaves_the_diagnosis_standing(healthy, tmp_path, monkeypatch):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    config(dtype="float32")(path)
+
+    def read_only(*args, **kwargs):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(os, "replace", read_only)
+    result = CliRunner().invoke(app, ["doctor", str(path), "--fix"])
+    assert result.exit_code == 2
+    assert "dtype-float32" in result.output and "nothing was fixed: read-only" in result.output
 
 
 @pytest.mark.parametrize("base, damage, rule, where, can_be_mended", FAULTS.values(), ids=FAULTS)

@@ -188,6 +188,14 @@ def test_a_broken_upload_is_tried_again(packed, tmp_path, status):
 
 
 @pytest.mark.slow
+def test_a_connection_that_is_lost_is_one_readable_line(packed, tmp_path):
+    with FakeHub() as hub:
+        hub.trouble = [("/commit/", 0)]
+        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, fails=True)
+        assert "Traceback" not in error and "cannot be reached" in error and hub.repos[REPO] == {}
+
+
+@pytest.mark.slow
 def test_a_failed_commit_publishes_nothing_and_the_next_push_sends_no_weights_again(packed, tmp_path):
     with FakeHub() as hub:
         hub.trouble = [("/commit/", 500)]
