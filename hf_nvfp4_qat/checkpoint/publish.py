@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import httpx
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
 from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, model_card
 from hf_nvfp4_qat.checkpoint.files import HF_QUANT_CONFIG
@@ -110,8 +109,6 @@ def publish_checkpoint(
             revision=revision,
             create_pr=create_pr,
         )
-    except httpx.TransportError as error:
-        raise ValueError(f"The Hub cannot be reached ({error}). Nothing was committed: try again.") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status not in (401, 403):
@@ -120,6 +117,8 @@ def publish_checkpoint(
             f"The Hub does not let this token write to {repo_id} (HTTP {status}). Log in with `hf auth login`, or set "
             "HF_TOKEN to a token with write access."
         ) from error
+    except HTTPError as error:  # of whichever HTTP library this huggingface_hub stands on
+        raise ValueError(f"The Hub cannot be reached ({error}). Nothing was committed: try again.") from error
 
 
 def _existing_card(api: HfApi, directory: Path, repo_id: str, revision: str | None) -> ModelCard | None:
