@@ -50,14 +50,12 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        from hf_nvfp4_qat.checkpoint.findings import printable
+
         # Markup and control characters in it may be a stranger's.
-        message = escape(_without_controls(" ".join(str(error).split())))
+        message = escape(printable(" ".join(str(error).split()), longest=4000))
         errors.print(f"[bold red]error:[/] {message}", soft_wrap=True, highlight=False)
         raise typer.Exit(BAD_INPUT) from None
-
-
-def _without_controls(text: str) -> str:
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Layouts are compared before a tensor is read, so that nothing is read, or comput
 names are those of compressed-tensors; the reader shows the other dialect under them.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,8 +195,10 @@ def check_architecture(
     present -= packed_tensors(packed)
     for name in sorted(set(expected) - present):
         yield found("missing-tensor", name, "missing")
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in sorted(present - set(expected)):
         is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *_CACHE_SCALES))
+        is_skipped |= any(pattern.search(name) for pattern in ignored)
         message = f"not a tensor of {type(model).__name__}"
         if is_skipped:
             yield found("skipped-tensor", name, f"{message}, but skipped by loaders")

@@ -152,9 +152,9 @@ def found(rule: str, where: str, message: str, *, fixable: bool = False, severit
     return Finding(severity or known.severity, rule, where, message, known.fix, fixable, known.engines)
 
 
-def printable(text: str) -> str:
+def printable(text: str, *, longest: int = _LONGEST) -> str:
     """Text that may be a stranger's, safe for a terminal: control characters and lone surrogates escaped, and cut."""
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    text = text if len(text) <= longest else f"{text[:longest]}..."
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 

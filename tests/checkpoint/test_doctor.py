@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import load_qat, tiny_llama, tiny_qwen3, tiny_qwen3_moe, tokens
+from conftest import load_qat, tiny_llama, tiny_moe, tiny_qwen3, tiny_qwen3_moe, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -660,6 +660,15 @@ def test_shapes_that_gpus_cannot_share_are_named(healthy):
     )
     with pytest.raises(ValueError, match="at least 1; got 0"):
         examine(healthy["ours"], tensor_parallel_size=0)
+
+
+def test_tensors_that_the_architecture_says_it_skips_are_no_fault(tmp_path):
+    tiny_moe("deepseek_v3").bfloat16().save_pretrained(tmp_path / "source")
+    load_qat(tmp_path / "source").save_pretrained(tmp_path / "packed")
+    prediction = "model.layers.61.shared_head.norm.weight"
+    changed(lambda t: t.update({prediction: torch.ones(2)}))(tmp_path / "packed")
+    diagnosis = examine(tmp_path / "packed")
+    assert diagnosis.ok and finding_of(diagnosis, "skipped-tensor", prediction).severity == "note"
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
