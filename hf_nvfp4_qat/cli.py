@@ -348,6 +348,7 @@ def doctor(
     """Say what will go wrong with an NVFP4 checkpoint, where, and what to do; exit code 1 if anything does."""
     with _readable_errors():
         from hf_nvfp4_qat.checkpoint.doctor import examine
+        from hf_nvfp4_qat.checkpoint.findings import printable
         from hf_nvfp4_qat.checkpoint.repair import repair
 
         diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
@@ -371,9 +372,7 @@ def doctor(
             console.print(f"fixed: {change}", soft_wrap=True, highlight=False, markup=False)
         console.print(str(diagnosis), soft_wrap=True, highlight=False, markup=False)
         if reason:
-            console.print(
-                _without_controls(f"nothing was fixed: {reason}"), soft_wrap=True, highlight=False, markup=False
-            )
+            console.print(printable(f"nothing was fixed: {reason}"), soft_wrap=True, highlight=False, markup=False)
     raise typer.Exit(BAD_INPUT if reason else 0 if diagnosis.ok else FOUND_FAULTS)
 
 
