@@ -101,15 +101,15 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def distil(model, tokenizer, settings: dict, seed: int) -> None:
+def distil(model, tokenizer, settings: dict, seed: int, output: Path) -> None:
     """Train a model's NVFP4 form toward the model it was made of, on the problems of the warm-up."""
     from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
     from hf_nvfp4_qat import QADTrainer
 
     on_gpu = torch.cuda.is_available()
-    options = {"output_dir": "unused", "seed": seed, "bf16": on_gpu, "use_cpu": not on_gpu, "report_to": [],
-               "save_strategy": "no", "disable_tqdm": True, **settings["distillation"]}  # fmt: skip
+    options = {"output_dir": str(output / "training"), "seed": seed, "bf16": on_gpu, "use_cpu": not on_gpu,
+               "report_to": [], "save_strategy": "no", "disable_tqdm": True, **settings["distillation"]}  # fmt: skip
     tokenizer.pad_token = tokenizer.eos_token  # not counted: labels of padding are -100
     size = options["max_steps"] * options["per_device_train_batch_size"]
     rows = [sum(spell(tokenizer, example), []) for example in problems(settings["task"], size, seed=1000)]
@@ -148,7 +148,7 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
                 layer.forward = MethodType(torch.nn.Linear.forward, layer)
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     if options.get("distil"):
-        distil(model, tokenizer, settings, seed)
+        distil(model, tokenizer, settings, seed, output)
     size = settings["training"]["max_steps"] * settings["training"]["per_device_train_batch_size"]
     trainer = GRPOTrainer(
         model,

@@ -38,7 +38,7 @@ from hf_nvfp4_qat.checkpoint.files import (
     resolve_checkpoint,
 )
 from hf_nvfp4_qat.checkpoint.findings import ENGINES, SEVERITIES, Finding, fold, found, printable
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, has_modelopt_names, is_modelopt
+from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, has_modelopt_names, is_modelopt, legacy_settings
 from hf_nvfp4_qat.checkpoint.names import (
     PACKED,
     activations_of,
@@ -242,8 +242,6 @@ def _checked_config(examination: Examination) -> dict[str, Any] | None:
 
 
 def _refuse_odd_types(quantization: dict[str, Any]) -> None:
-    if not isinstance(quantization.get("ignore") or [], list):
-        raise TypeError(f"`ignore` must be a list; it is a {type(quantization['ignore']).__name__}")
     for group in (quantization.get("config_groups") or {}).values():
         for name, kind in (("targets", list), ("weights", dict), ("input_activations", dict)):
             if not isinstance(group.get(name) or kind(), kind):
@@ -297,20 +295,6 @@ def _check_legacy_config(contents: Contents) -> Iterator[Finding]:
         if there != said and not (isinstance(said, list) and isinstance(there, list) and _alike(said, there)):
             message = f"{key} is another than config.json has"
             yield found("configs-disagree", HF_QUANT_CONFIG, message, fixable=True)
-
-
-def legacy_settings(quantization: dict[str, Any]) -> dict[str, Any]:
-    """What hf_quant_config.json has to say for a `quantization_config` in ModelOpt's dialect."""
-    groups = quantization.get("config_groups") or {}
-    sizes = [
-        group["weights"]["group_size"] for group in groups.values() if "group_size" in (group.get("weights") or {})
-    ]
-    found_sizes = {"group_size": sizes[0]} if sizes else {}
-    return {
-        "quant_algo": quantization.get("quant_algo"),
-        "exclude_modules": quantization.get("ignore") or [],
-        **found_sizes,
-    }
 
 
 def _alike(first: list, second: list) -> bool:

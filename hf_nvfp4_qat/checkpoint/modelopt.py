@@ -124,6 +124,20 @@ def _modelopt_quantization(config: Mapping[str, Any], *, unpacked: list[str]) ->
     }
 
 
+def legacy_settings(quantization: dict[str, Any]) -> dict[str, Any]:
+    """What hf_quant_config.json has to say for a `quantization_config` in ModelOpt's dialect."""
+    groups = quantization.get("config_groups") or {}
+    sizes = [
+        group["weights"]["group_size"] for group in groups.values() if "group_size" in (group.get("weights") or {})
+    ]
+    found_sizes = {"group_size": sizes[0]} if sizes else {}
+    return {
+        "quant_algo": quantization.get("quant_algo"),
+        "exclude_modules": quantization.get("ignore") or [],
+        **found_sizes,
+    }
+
+
 def modelopt_config_files(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[str, dict[str, Any]]:
     """Both configuration files of the same checkpoint in ModelOpt's dialect: name to content.
 
@@ -138,10 +152,8 @@ def modelopt_config_files(config: Mapping[str, Any], *, unpacked: list[str]) -> 
     legacy = {
         "producer": quantization["producer"],
         "quantization": {
-            "quant_algo": quantization["quant_algo"],
+            **legacy_settings(quantization),
             "kv_cache_quant_algo": "FP8" if quantization.get("kv_cache_scheme") else None,
-            "group_size": BLOCK_SIZE,
-            "exclude_modules": quantization["ignore"],
         },
     }
     return {HF_QUANT_CONFIG: legacy, CONFIG_FILE: {**config, "quantization_config": quantization}}

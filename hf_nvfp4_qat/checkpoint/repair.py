@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.doctor import Examination, legacy_settings, look_at
+from hf_nvfp4_qat.checkpoint.doctor import Examination, look_at
 from hf_nvfp4_qat.checkpoint.files import (
     CONFIG_FILE,
     FLOATING,
@@ -32,7 +32,7 @@ from hf_nvfp4_qat.checkpoint.files import (
     staged_files,
 )
 from hf_nvfp4_qat.checkpoint.findings import Finding, printable
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, shift_exact_scales
+from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, legacy_settings, shift_exact_scales
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
     GLOBAL_ENCODE_SCALE,

@@ -82,9 +82,10 @@ def _squared_error(relative: torch.Tensor, scale: torch.Tensor, scratch: torch.T
 
 def round_to_e2m1_(scaled: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Round float32 `scaled` to E2M1 values in place; `scratch` is a float32 buffer of the same shape."""
+    scaled.clamp_(-E2M1_MAX, E2M1_MAX)  # first: the sum below overflows beyond 2**105 or so
     torch.bitwise_and(scaled.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
     scratch.clamp_(min=1.0).mul_(_ROUNDING_CONSTANT)
-    return scaled.add_(scratch).sub_(scratch).clamp_(-E2M1_MAX, E2M1_MAX)
+    return scaled.add_(scratch).sub_(scratch)
 
 
 def _chunks(blocks: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
