@@ -112,11 +112,13 @@ def distil(model, tokenizer, settings: dict, seed: int, output: Path) -> None:
                "report_to": [], "save_strategy": "no", "disable_tqdm": True, **settings["distillation"]}  # fmt: skip
     tokenizer.pad_token = tokenizer.eos_token  # not counted: labels of padding are -100
     size = options["max_steps"] * options["per_device_train_batch_size"]
-    rows = [sum(spell(tokenizer, example), []) for example in problems(settings["task"], size, seed=1000)]
+    spelled = [spell(tokenizer, example) for example in problems(settings["task"], size, seed=1000)]
     QADTrainer(
         model,
         TrainingArguments(**options),
-        train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        train_dataset=[
+            {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in spelled
+        ],
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     ).train()
 
