@@ -319,7 +319,7 @@ def push(
 def _json_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not JSON: {error}. Write an object of names and results.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object of names and results; it holds a {type(content).__name__}.")

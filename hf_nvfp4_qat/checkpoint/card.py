@@ -30,7 +30,11 @@ from hf_nvfp4_qat.checkpoint.names import (
 from hf_nvfp4_qat.version import __version__
 
 TAGS = ("nvfp4", "4-bit", "vllm")
+_DIALECTS = ("compressed-tensors", "modelopt")
 _BEGIN, _END = "<!-- hf_nvfp4_qat: begin -->", "<!-- hf_nvfp4_qat: end -->"
+_EVALUATION = "## Evaluation\n\n| | |\n|---|---|"
+_KEPT_RESULTS = re.compile(rf"{re.escape(_EVALUATION)}\n((?:\|.*\|\n)+)")
+"""The rows of results that an earlier card states."""
 
 _RULES = {
     "four_over_six": "a block's largest magnitude becomes 6 or 4, whichever has the less squared error "
@@ -71,14 +75,24 @@ def model_card(
     reader = open_checkpoint(resolve_checkpoint(path))
     check_packed(reader)
     name = repo_id or reader.directory.resolve().name
-    section = _section(reader, name, base_model=base_model, original=original, evaluation=evaluation)
     text = f"# {name.rpartition('/')[2]}\n" if existing is None else existing.text
+    kept = {} if existing is None else existing.data.to_dict()
+    if base_model is None and isinstance(kept.get("base_model"), str):
+        base_model = kept["base_model"]
+    results = _KEPT_RESULTS.search(text)
+    kept_results = results[1].splitlines() if results else []
+    section = _section(
+        reader,
+        name,
+        base_model=base_model,
+        original=original,
+        results=_results(evaluation) if evaluation else kept_results,
+    )
     if _BEGIN in text and _END in text:
         before, rest = text.split(_BEGIN, 1)
         text = f"{before}{section}{rest.split(_END, 1)[1]}"
     else:
         text = f"{text.rstrip()}\n\n{section}\n"
-    kept = {} if existing is None else existing.data.to_dict()
     data = _metadata(kept, reader, base_model, license, evaluation, tags)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.lstrip()}")
 
@@ -119,7 +133,9 @@ def _metadata(
     for key, value in found.items():
         if value is not None and kept.get(key) is None:
             kept[key] = value
-    kept["tags"] = list(dict.fromkeys([*(kept.get("tags") or ()), *TAGS, dialect, *tags]))
+    kept["tags"] = list(
+        dict.fromkeys([*(tag for tag in kept.get("tags") or () if tag not in _DIALECTS), *TAGS, dialect, *tags])
+    )
     if evaluation is not None and not isinstance(evaluation, Mapping):
         kept.pop("model-index", None)
         kept |= {"eval_results": list(evaluation), "model_name": kept.get("model_name") or reader.directory.name}
@@ -132,7 +148,7 @@ def _section(
     *,
     base_model: str | None,
     original: str | os.PathLike | None,
-    evaluation: Evaluation | None,
+    results: list[str],
 ) -> str:
     config = reader.config()
     quantization = config["quantization_config"]
@@ -172,8 +188,8 @@ def _section(
     if left_out:
         listed = ", ".join(f"`{pattern}`{f' ({count})' if count > 1 else ''}" for pattern, count in left_out.items())
         lines.append(f"| left in {config.get('dtype', 'bfloat16')} | {listed} |")
-    if evaluation:
-        lines += ["", "## Evaluation", "", "| | |", "|---|---|", *_results(evaluation)]
+    if results:
+        lines += ["", _EVALUATION, *results]
     lines += [
         "",
         "## Use",
@@ -209,11 +225,17 @@ def _how_to_load(reader: CheckpointReader, name: str) -> list[str]:
 
 def _results(evaluation: Evaluation) -> list[str]:
     if isinstance(evaluation, Mapping):
-        return [f"| {name} | {value} |" for name, value in evaluation.items()]
+        return [f"| {_cell(name)} | {_cell(value)} |" for name, value in evaluation.items()]
     return [
-        f"| {result.dataset_name}, {result.metric_name or result.metric_type} | {result.metric_value} |"
+        f"| {_cell(f'{result.dataset_name}, {result.metric_name or result.metric_type}')} | "
+        f"{_cell(result.metric_value)} |"
         for result in evaluation
     ]
+
+
+def _cell(value: Any) -> str:
+    """Of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")
 
 
 def _size(num_bytes: int) -> str:

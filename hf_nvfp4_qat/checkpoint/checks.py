@@ -5,7 +5,7 @@ names are those of compressed-tensors; the reader shows the other dialect under 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -31,10 +31,13 @@ from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, scale_facts, shared_exponents
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_shapes, linear_weights
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
-from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX
 
 _STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
+_NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK_SIZE}
+_PLAUSIBLE = (1e-10, 1e4)
+"""Of the largest magnitude of a weight: beyond it a scale stands where its reciprocal belongs."""
 
 
 def check_config(config: dict[str, Any]) -> Iterator[Finding]:
@@ -47,6 +50,41 @@ def check_config(config: dict[str, Any]) -> Iterator[Finding]:
     elif quantization.get("quantization_status") != "compressed":
         message = "quantization_status must be 'compressed' for Transformers to unpack"
         yield found("status-not-compressed", CONFIG_FILE, message, fixable=True)
+    if is_nvfp4_config(quantization):
+        yield from _check_groups(quantization.get("config_groups"))
+
+
+def _check_groups(groups: Any) -> Iterator[Finding]:
+    """`config_groups` describes NVFP4 weights, and names layers that have them."""
+    if not groups or not isinstance(groups, dict):
+        yield found("bad-group", CONFIG_FILE, "`config_groups` names no layers")
+        return
+    for name, group in groups.items():
+        weights = group.get("weights") or {}
+        wrong = {key: weights.get(key) for key, value in _NVFP4_WEIGHTS.items() if weights.get(key) != value}
+        if wrong:
+            said = ", ".join(f"{key} {value}" for key, value in wrong.items())
+            yield found("bad-group", CONFIG_FILE, f"`{name}` is not NVFP4: its weights have {said}")
+        if not group.get("targets"):
+            yield found("bad-group", CONFIG_FILE, f"`{name}` has no `targets`")
+        if group.get("format") not in (None, FORMAT):
+            yield found("bad-group", CONFIG_FILE, f"`{name}` has the format {group['format']}, and the rest {FORMAT}")
+
+
+def targeted_layers(quantization: dict[str, Any], layers: Iterable[str]) -> set[str] | None:
+    """Those of the linear `layers` that some group's `targets` name; None if it takes more than names to know.
+
+    Raises:
+        ValueError: `targets` has something that is no pattern.
+    """
+    layers = set(layers)
+    groups = (quantization.get("config_groups") or {}).values()
+    targets = {target for group in groups for target in group.get("targets") or []}
+    if "Linear" in targets:
+        return layers
+    if any(target[:1].isupper() for target in targets if isinstance(target, str)):
+        return None  # a class of some engine's
+    return names_matching(layers, targets)
 
 
 def check_dtype(config: dict[str, Any]) -> Iterator[Finding]:
@@ -156,6 +194,13 @@ def _check_group(group: dict[str, ScaleFacts]) -> Iterator[Finding]:
         if not facts.has_good_global_scale:
             message = f"global scale {facts.global_decode_scale} is not finite and positive"
             yield found("bad-global-scale", layer, message)
+        elif facts.largest is not None:
+            magnitude = E2M1_MAX * facts.largest * facts.global_decode_scale
+            if not _PLAUSIBLE[0] < magnitude < _PLAUSIBLE[1]:
+                message = (
+                    f"decodes to magnitudes of {magnitude:.1e}: is its global scale a reciprocal of the right one?"
+                )
+                yield found("implausible-scale", layer, message)
         if facts.num_bad:
             yield found("bad-block-scale", layer, f"{facts.num_bad} block scales are NaN or negative")
         if facts.num_zero:
@@ -224,19 +269,23 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
     Raises:
         ValueError: `ignore` has something that is no pattern.
     """
-    ignore = (reader.config().get("quantization_config") or {}).get("ignore") or []
-    ignored = names_matching({*map(layer_of, linears), *linears.values()}, ignore)
+    quantization = reader.config().get("quantization_config") or {}
+    ignored = names_matching({*map(layer_of, linears), *linears.values()}, quantization.get("ignore") or [])
+    targeted = targeted_layers(quantization, {*map(layer_of, linears), *packed})
+    for layer in sorted(packed - (packed if targeted is None else targeted)):
+        yield found("bad-group", layer, "packed, but no group's `targets` name it")
     names = set(reader.names)
     for name, module_path in linears.items():
         layer = layer_of(name)
         message, is_fixable = "", True
+        is_wanted = layer in (targeted or ())
         if layer in packed and (layer in ignored or module_path in ignored):
             message = "packed, but `ignore` tells loaders it is not"
         elif layer not in packed and name in names and reader.layout(name)[0] not in FLOATING:
             message, is_fixable = f"neither packed nor unquantized: its weight is {reader.layout(name)[0]}", False
-        elif layer not in packed and name in names and layer not in ignored:
+        elif layer not in packed and name in names and layer not in ignored and is_wanted:
             message = "not packed and not in `ignore`; vLLM would look for packed weights"
-        elif layer not in packed and name in names and module_path not in ignored:
+        elif layer not in packed and name in names and module_path not in ignored and is_wanted:
             message = f"`ignore` lacks its module name {module_path}; Transformers looks for that"
         if message:
             yield found("ignore-mismatch", layer, message, fixable=is_fixable)

@@ -121,10 +121,19 @@ def _shards(contents: Contents, present: list[str]) -> list[str]:
         else:
             inside.append(name)
     numbered = [name for name in present if _NUMBERED.fullmatch(name)]
+    if contents.weight_map is not None:
+        # Of another save by their names: "of-00003" where the index names those "of-00002".
+        totals = {name[15:20] for name in inside if _NUMBERED.fullmatch(name)}
+        for name in [name for name in numbered if name not in inside and totals and name[15:20] not in totals]:
+            contents.add("unindexed-shard", name, "not of the shards that the index names")
+            numbered.remove(name)
     if contents.weight_map is None and numbered:
         total = max(int(name[15:20]) for name in numbered)
         if num_missing := total - len(numbered):
-            contents.add("missing-shard", numbered[-1], f"{abs(num_missing)} of {total} shards are not there")
+            there = {int(name[6:11]) for name in numbered}
+            first = next((number for number in range(1, total + 1) if number not in there), total)
+            name = f"model-{first:05d}-of-{total:05d}.safetensors"
+            contents.add("missing-shard", name, f"{abs(num_missing)} of {total} shards are not there")
     return sorted({*inside, *numbered})
 
 

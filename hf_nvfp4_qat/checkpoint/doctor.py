@@ -38,7 +38,13 @@ from hf_nvfp4_qat.checkpoint.files import (
     resolve_checkpoint,
 )
 from hf_nvfp4_qat.checkpoint.findings import ENGINES, SEVERITIES, Finding, fold, found, printable
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, has_modelopt_names, is_modelopt, legacy_settings
+from hf_nvfp4_qat.checkpoint.modelopt import (
+    ModelOptReader,
+    dialect_conflict,
+    has_modelopt_names,
+    is_modelopt,
+    legacy_settings,
+)
 from hf_nvfp4_qat.checkpoint.names import (
     PACKED,
     activations_of,
@@ -47,7 +53,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantized_layers,
     scale_rule_of,
 )
-from hf_nvfp4_qat.checkpoint.skeleton import skeleton
+from hf_nvfp4_qat.checkpoint.skeleton import CannotBuildError, skeleton
 
 _COUNT = re.compile(r"^num|^n_|layer|expert|depth|block|label|head|stage")
 _SIZE = re.compile(r"size$|dim$|embd$|inner$|ctx$|position|token")
@@ -156,7 +162,7 @@ def examine(path: str | os.PathLike, *, engine: str | None = None, tensor_parall
     if examination.layers and examination.config is not None:
         findings += check_engines(examination.reader, shapes, examination.config, engine)
     if tensor_parallel_size > 1:
-        findings += check_tensor_parallel(shapes, tensor_parallel_size)
+        findings += check_tensor_parallel(shapes, examination.contents.config, tensor_parallel_size)
     dialect = "modelopt" if isinstance(examination.reader, ModelOptReader) else "compressed-tensors"
     return Diagnosis(
         examination.contents.directory,
@@ -213,6 +219,10 @@ def _checked_config(examination: Examination) -> dict[str, Any] | None:
     if not examination.layers and not contents.config.get("quantization_config"):
         message = "not one tensor is packed, and config.json does not say so either: this is no NVFP4 checkpoint"
         examination.findings.append(found("nothing-packed", CONFIG_FILE, message))
+        return None
+    says_modelopt = is_modelopt(contents.directory, contents.config)
+    if problem := dialect_conflict(contents.config, contents.file_of, says_modelopt=says_modelopt):
+        examination.findings.append(found("dialect-mismatch", CONFIG_FILE, problem))
         return None
     try:
         _refuse_endless(contents.config, reader)
@@ -307,6 +317,8 @@ def _examine_by_config(examination: Examination, config: dict[str, Any]) -> None
     try:
         examination.model, against_model = _compare(examination, config)
         examination.findings += against_model
+    except CannotBuildError as error:
+        examination.findings.append(found("bad-config", CONFIG_FILE, str(error)))
     except ValueError as error:
         examination.findings.append(found("not-compared", "architecture", f"not compared with it: {error}"))
         try:
@@ -330,6 +342,8 @@ def _compare(examination: Examination, config: dict[str, Any]) -> tuple[PreTrain
     try:
         model = skeleton(reader.directory)
         return model, list(check_architecture(reader, examination.layers, examination.readable, model))
+    except CannotBuildError:
+        raise
     except Exception as error:  # Transformers' configurations and models raise whatever a wrong value leads to
         raise ValueError(f"{type(error).__name__}: {error}") from error
 

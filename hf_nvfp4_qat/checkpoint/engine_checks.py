@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
-from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, activations_of, from_checkpoint, layer_of, packed_tensors
+from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, activations_of, from_checkpoint, packed_tensors
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
@@ -196,13 +196,22 @@ def _check_kernel_shapes(shapes: Shapes) -> Iterator[Finding]:
             yield found("kernel-padding", key, message)
 
 
-def check_tensor_parallel(shapes: Shapes, size: int) -> Iterator[Finding]:
-    """Every GPU gets whole blocks of 16 and whole rows.
+def check_tensor_parallel(shapes: Shapes, config: dict[str, Any] | None, size: int) -> Iterator[Finding]:
+    """Every GPU gets whole blocks of 16, whole rows and whole heads.
 
     Args:
         shapes: of the packed layers.
+        config: config.json, if it can be read.
         size: GPUs among which each matrix is divided.
     """
+    heads = setting(config or {}, "num_attention_heads", "n_head")
+    if type(heads) is int and heads > 0 and heads % size:
+        yield found("tensor-parallel", CONFIG_FILE, f"its {heads} attention heads do not divide into {size} parts")
+    key_value_heads = setting(config or {}, "num_key_value_heads")
+    # Fewer heads than GPUs are copied.
+    if type(key_value_heads) is int and key_value_heads > 0 and key_value_heads % size and size % key_value_heads:
+        message = f"its {key_value_heads} key and value heads do not divide into {size} parts"
+        yield found("tensor-parallel", CONFIG_FILE, message)
     for layer, (rows, columns) in shapes.items():
         local_name = layer.rpartition(".")[2]
         if local_name in _ROW_PARALLEL and columns % (size * BLOCK_SIZE):
@@ -219,5 +228,5 @@ def check_ignore_by_name(reader: CheckpointReader, layers: list[str]) -> Iterato
         ValueError: `ignore` has something that is no pattern.
     """
     ignore = (reader.config().get("quantization_config") or {}).get("ignore") or []
-    for layer in sorted(names_matching(map(layer_of, layers), ignore)):
+    for layer in sorted(names_matching(layers, ignore)):
         yield found("ignore-mismatch", layer, "packed, but `ignore` tells loaders it is not", fixable=True)

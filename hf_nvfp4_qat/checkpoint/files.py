@@ -178,6 +178,9 @@ def weight_files(directory: str | os.PathLike) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def tensor_names(path: Path) -> list[str]:
     """Names in the header of a safetensors file; its parser checks every size and offset against the file.
 
@@ -186,6 +189,9 @@ def tensor_names(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise ValueError(f"{path} must be a regular file; it is none. Copy the checkpoint's own file there.")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError(f"{path} is a pointer of Git LFS, not the file itself. Bring that with `git lfs pull`.")
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

@@ -40,6 +40,7 @@ RULES = {
     "two-layouts": Rule("error", "Remove the older of the two: model.safetensors, or the index and its shards."),
     "unfinished-repair": Rule("error", "Finish it: only renaming is left."),
     "stray-weights": Rule("warning", "Move it to another directory.", ("vllm",)),
+    "unindexed-shard": Rule("note", "Nothing loads it. Remove it if it is left from an earlier save."),
     "partial-files": Rule("note", "Nothing loads them; the next save into the directory removes them."),
     "no-tokenizer": Rule("note", "Save the tokenizer beside the weights: `tokenizer.save_pretrained(PATH)`."),
     # Configuration
@@ -48,6 +49,11 @@ RULES = {
     "nothing-packed": Rule("error", "Remove `quantization_config`, or pack the weights: `nvfp4-qat quantize`."),
     "other-format": Rule("error", "This package reads and checks NVFP4 only."),
     "bad-config": Rule("error", "Take config.json from the checkpoint's source again."),
+    "bad-group": Rule(
+        "error",
+        "Describe under `config_groups` what is packed: its `targets`, and weights of 4-bit floats in groups of 16.",
+    ),
+    "dialect-mismatch": Rule("error", "Take config.json from the checkpoint's source again."),
     "status-not-compressed": Rule("error", "Set `quantization_status` to 'compressed'.", ("transformers",)),
     "dtype": Rule("note", "bfloat16 is exact for NVFP4 weights whose global scale is a power of two."),
     "dtype-float32": Rule(
@@ -74,6 +80,7 @@ RULES = {
     "bad-global-scale": Rule("error", _BY_HAND),
     "bad-input-scale": Rule("error", "Calibrate and save again."),
     "bad-block-scale": Rule("error", _BY_HAND),
+    "implausible-scale": Rule("warning", _BY_HAND),
     "zero-block-scale": Rule("warning", _BY_HAND),
     "subnormal-block-scale": Rule(
         "warning", "Move powers of two from the global scale into the block scales.", ("vllm",)
@@ -170,7 +177,8 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
         alike.setdefault((finding.severity, finding.rule, finding.fixable, message), []).append(finding)
     folded = []
     for same in alike.values():
-        names = ", ".join(printable(finding.where) for finding in same[:_NUM_NAMED])
-        more = f" and {len(same) - _NUM_NAMED} more" if len(same) > _NUM_NAMED else ""
+        places = list(dict.fromkeys(finding.where for finding in same))
+        names = ", ".join(map(printable, places[:_NUM_NAMED]))
+        more = f" and {len(places) - _NUM_NAMED} more" if len(places) > _NUM_NAMED else ""
         folded.append(replace(same[0], where=names + more, message=printable(same[0].message), count=len(same)))
     return sorted(folded, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -42,6 +42,7 @@ _QUANT_METHODS = ("modelopt", "modelopt_fp4")
 _ALGORITHMS = {"W4A16_NVFP4": False, "NVFP4": True}
 """Name to whether inputs are quantized."""
 
+_AGAIN = "Take config.json from the checkpoint's source again."
 _EXACT = "nvfp4_exact_scales"
 _RECIPROCALS = {GLOBAL_ENCODE_SCALE: "weight_scale_2", INPUT_GLOBAL_SCALE: "input_scale"}
 _NAMES = {PACKED: "weight", BLOCK_SCALE: BLOCK_SCALE, **_RECIPROCALS}
@@ -244,7 +245,27 @@ def open_checkpoint(directory: str | os.PathLike) -> CheckpointReader:
         config = reader.config()
     except ValueError:
         return reader  # who needs a config.json will say so
-    return ModelOptReader(directory) if is_modelopt(reader.directory, config) else reader
+    says_modelopt = is_modelopt(reader.directory, config)
+    if problem := dialect_conflict(config, reader.names, says_modelopt=says_modelopt):
+        raise ValueError(f"config.json and the tensors must be of one dialect; in {directory} {problem}. {_AGAIN}")
+    return ModelOptReader(directory) if says_modelopt else reader
+
+
+def dialect_conflict(config: Mapping[str, Any], names: Iterable[str], *, says_modelopt: bool) -> str:
+    """Where config.json names the one dialect and the tensors are in the other: what is so; else empty.
+
+    Args:
+        config: config.json.
+        names: of the tensors as they are stored.
+        says_modelopt: as ``is_modelopt`` has it.
+    """
+    names = set(names)
+    is_there, is_here = has_modelopt_names(names), any(name.endswith(f".{PACKED}") for name in names)
+    if says_modelopt and is_here and not is_there:
+        return "config.json says ModelOpt's, and the tensors are named as compressed-tensors names them"
+    if config.get("quantization_config") and not says_modelopt and is_there and not is_here:
+        return "the tensors are named as ModelOpt names them, and config.json says compressed-tensors"
+    return ""
 
 
 def is_modelopt(directory: Path, config: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ Uploads, their retries and what a second attempt need not send again are hugging
 repository changes when the commit that names them all is made.
 """
 
+import logging
 import os
 import re
 import tempfile
@@ -15,16 +16,24 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
 from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, model_card
-from hf_nvfp4_qat.checkpoint.files import HF_QUANT_CONFIG
+from hf_nvfp4_qat.checkpoint.doctor import examine
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, INDEX_FILE, SINGLE_FILE
+from hf_nvfp4_qat.checkpoint.findings import printable
+from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
 from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, save_nvfp4
-from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 CARD_FILE = "README.md"
-_PUBLISHED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
-_NOT_PUBLISHED = ("trainer_state.json",)
+_BESIDE_WEIGHTS = re.compile(
+    r"((generation|(video_)?(pre)?processor|tokenizer)_config|tokenizer|special_tokens_map|added_tokens|vocab|tekken"
+    r"|chat_template)\.json|(merges|vocab)\.txt|[\w.-]+\.(jinja|model|tiktoken)"
+    r"|(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)[\w.-]*"
+)
+"""What belongs to a checkpoint besides its weights, config.json and code."""
 _WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -51,8 +60,9 @@ def publish_checkpoint(
     Args:
         directory: of the checkpoint, in either dialect.
         repo_id: created if missing.
-        files: names in `directory` to publish, of a checkpoint that was just written; None checks the checkpoint
-            with ``verify_nvfp4`` and publishes all that belongs to one: weights, configs, tokenizer, code.
+        files: names in `directory` to publish, of a checkpoint that was just written; None examines the checkpoint
+            with ``doctor`` and publishes what belongs to one: the weights that are loaded, configs, tokenizer,
+            license, and code if config.json names some. What is left out is logged.
         private: of a repository that is created.
         revision: branch to commit to; created if missing.
         create_pr: open a pull request instead of committing to the branch.
@@ -64,19 +74,13 @@ def publish_checkpoint(
         What huggingface_hub says of the commit.
 
     Raises:
-        ValueError: the checkpoint is not good, or the Hub refuses the token.
+        ValueError: the checkpoint has errors, or the Hub refuses the token.
         HfHubHTTPError: any other trouble with the Hub. The repository is as it was, if it existed.
     """
     directory = Path(directory)
     if files is None:
-        report = verify_nvfp4(directory)
-        if not report.ok:
-            raise ValueError(f"Only good checkpoints are published. {report}")
-        files = [
-            path.name
-            for path in sorted(directory.iterdir())
-            if path.is_file() and path.name.endswith(_PUBLISHED_SUFFIXES) and path.name not in _NOT_PUBLISHED
-        ]
+        _refuse_errors(directory)
+        files = _published_files(directory)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -119,6 +123,39 @@ def publish_checkpoint(
         ) from error
     except HTTPError as error:  # of whichever HTTP library this huggingface_hub stands on
         raise ValueError(f"The Hub cannot be reached ({error}). Nothing was committed: try again.") from error
+
+
+def _refuse_errors(directory: Path) -> None:
+    found = {
+        severity: "; ".join(str(finding) for finding in examine(directory).findings if finding.severity == severity)
+        for severity in ("error", "warning")
+    }
+    if found["error"]:
+        raise ValueError(
+            f"Only good checkpoints are published; {directory} has errors: {found['error']}. See `nvfp4-qat doctor "
+            f"{directory}` for what to do."
+        )
+    if found["warning"]:
+        logger.warning("%s is published with what may go wrong in some engine: %s", directory, found["warning"])
+
+
+def _published_files(directory: Path) -> list[str]:
+    """Names of the files that belong to a checkpoint; the others are logged."""
+    reader = open_checkpoint(directory)
+    weights = set(reader.file_of.values())
+    wanted = {CONFIG_FILE, *weights, *([HF_QUANT_CONFIG] if isinstance(reader, ModelOptReader) else [])}
+    wanted |= {INDEX_FILE} - ({INDEX_FILE} if SINGLE_FILE in weights else set())
+    has_code = "auto_map" in reader.config()
+    files, others = [], []
+    for path in sorted(directory.iterdir()):
+        is_code = has_code and path.suffix == ".py"
+        if path.is_file() and (path.name in wanted or is_code or _BESIDE_WEIGHTS.fullmatch(path.name)):
+            files.append(path.name)
+        elif path.name != CARD_FILE and not path.name.startswith("."):
+            others.append(printable(path.name) + "/" * path.is_dir())
+    if others:
+        logger.warning("Not published, since loaders of a checkpoint do not need them: %s", ", ".join(others))
+    return files
 
 
 def _existing_card(api: HfApi, directory: Path, repo_id: str, revision: str | None) -> ModelCard | None:

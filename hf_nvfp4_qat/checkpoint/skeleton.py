@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, read_json_object
 from hf_nvfp4_qat.checkpoint.stream import checkpoint_entries, unique_weights
+
+
+class CannotBuildError(ValueError):
+    """An architecture that Transformers has cannot be built from the settings in config.json."""
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
@@ -49,15 +54,22 @@ def skeleton(directory: Path) -> PreTrainedModel:
     """The model of a checkpoint directory with all parameters on the meta device.
 
     Raises:
-        ValueError: the architecture is unknown, or cannot be built from these settings.
+        ValueError: the architecture is unknown.
+        CannotBuildError: it cannot be built from these settings.
     """
-    config = unquantized_config(directory)
+    try:
+        config = unquantized_config(directory)
+    except ValueError as error:
+        stored = read_json_object(directory / CONFIG_FILE)
+        if "auto_map" not in stored and stored.get("model_type") in (None, *CONFIG_MAPPING):
+            raise CannotBuildError(str(error)) from error
+        raise
     architecture = model_class(config)
     try:
         with torch.device("meta"):
             return architecture(config)
     except Exception as error:
-        raise ValueError(
+        raise CannotBuildError(
             f"Transformers cannot build {architecture.__name__} from the config of {directory} "
             f"({type(error).__name__}: {error}). Take config.json from the checkpoint's source again."
         ) from error

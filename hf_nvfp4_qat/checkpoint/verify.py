@@ -16,10 +16,10 @@ from hf_nvfp4_qat.checkpoint.checks import (
     check_values,
 )
 from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
-from hf_nvfp4_qat.checkpoint.findings import Finding
+from hf_nvfp4_qat.checkpoint.findings import Finding, printable
 from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import PACKED, quantized_layers
-from hf_nvfp4_qat.checkpoint.skeleton import skeleton
+from hf_nvfp4_qat.checkpoint.skeleton import CannotBuildError, skeleton
 from hf_nvfp4_qat.checkpoint.stream import packed_sources
 
 _NUM_SHOWN = 20
@@ -59,10 +59,10 @@ class Verification:
         compared = f", {self.num_compared} tensors equal to the model's" if self.num_compared else ""
         head = f"{self.path}: {self.num_layers} packed layers, {self.num_tensors} tensors"
         verdict = f"good{compared}" if self.ok else f"{len(self.problems)} problems"
-        lines = [f"{head}: {verdict}", *(f"  problem: {problem}" for problem in self.problems[:_NUM_SHOWN])]
+        lines = [f"{head}: {verdict}", *(f"  problem: {printable(text)}" for text in self.problems[:_NUM_SHOWN])]
         if len(self.problems) > _NUM_SHOWN:
             lines.append(f"  and {len(self.problems) - _NUM_SHOWN} more")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *(f"  note: {printable(note)}" for note in self.notes)])
 
 
 def verify_nvfp4(path: str | os.PathLike, model: PreTrainedModel | None = None) -> Verification:
@@ -96,6 +96,8 @@ def verify_nvfp4(path: str | os.PathLike, model: PreTrainedModel | None = None) 
     report.add(check_values(reader, readable))
     try:
         architecture = skeleton(reader.directory)
+    except CannotBuildError as error:
+        report.problems.append(str(error))
     except ValueError as error:
         report.notes.append(f"names not compared with the architecture: {error}")
     else:

@@ -32,6 +32,7 @@ from hf_nvfp4_qat.rollout.vllm_versions import (
     current_config,
     finish_module,
     is_kept_as_loaded,
+    refresh_tied,
     stable_addresses,
     unprocessed_loaders,
 )
@@ -89,6 +90,7 @@ def load_tensors(worker: Any, tensors: Iterable[NamedTensor], layout: Sequence[T
     with current_config(worker), stable_addresses(model), torch.no_grad():
         try:
             worker.reload_weights(weights_iterator=_as_announced(tensors, layout))
+            refresh_tied(model)
         except BaseException:
             abandon_reload(model, worker.model_config)
             raise
@@ -139,6 +141,7 @@ class Replay:
                         if not num_missing[path] and path in raw:
                             finish_module(module)
                             del raw[path]
+                refresh_tied(self._model)
             except BaseException:
                 abandon_reload(self._model, self._worker.model_config)
                 raise
@@ -220,13 +223,17 @@ def kernel_name(worker: Any) -> str:
 def _is_linear(module: nn.Module) -> bool:
     from vllm.model_executor.layers.linear import LinearBase
 
-    # A router that has a kernel of its own is no linear in this sense.
-    return isinstance(module, LinearBase) and hasattr(module, "input_size_per_partition")
+    # A router that has a kernel of its own is no linear in this sense, unless a CPU's kernel has taken its weight away.
+    return isinstance(module, LinearBase) and (hasattr(module, "input_size_per_partition") or not module.weight.numel())
+
+
+def _in_features(module: Any) -> int:
+    return module.input_size_per_partition if hasattr(module, "input_size_per_partition") else module.input_size
 
 
 def _linear_weight(module: Any, *, rows_at_once: int = 1024) -> torch.Tensor:
     """The weight ``[N, K]`` that a linear layer multiplies with, bfloat16."""
-    in_features, device = module.input_size_per_partition, _device(module)
+    in_features, device = _in_features(module), _device(module)
     input_scale = getattr(module, INPUT_GLOBAL_SCALE, None)
     one = 1.0 if input_scale is None else 6.0 * float(input_scale)
     parts = []
@@ -239,7 +246,7 @@ def _linear_weight(module: Any, *, rows_at_once: int = 1024) -> torch.Tensor:
 
 
 def _linear_bias(module: Any) -> torch.Tensor:
-    zeros = torch.zeros(1, module.input_size_per_partition, dtype=torch.bfloat16, device=_device(module))
+    zeros = torch.zeros(1, _in_features(module), dtype=torch.bfloat16, device=_device(module))
     return module.quant_method.apply(module, zeros, module.bias)[0]
 
 

@@ -9,6 +9,8 @@ version    what differs                                                         
 < 0.28     so are the global scales of fused experts                                 `stable_addresses`
 all        a reload that fails half-way leaves modules on the meta device, and       `abandon_reload`
            counts what was loaded before towards the next attempt
+all        on some CPUs an output embedding that is tied to the input embedding     `refresh_tied`
+           computes with a copy of it, made when the engine started
 """
 
 from collections.abc import Iterator
@@ -168,6 +170,18 @@ def is_kept_as_loaded(module: nn.Module) -> bool:
     if isinstance(module, VocabParallelEmbedding):
         return not current_platform.is_cpu()
     return getattr(module, "quant_method", None) is None
+
+
+def refresh_tied(model: nn.Module) -> None:
+    """On a CPU, let embeddings that share a weight, of which one was processed, all compute with what it is now."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and not module.weight.is_meta:
+            module.quant_method.process_weights_after_loading(module)
 
 
 def register_empty_loader() -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, quantize_nvfp4, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, load_nvfp4, quantize_nvfp4, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint
 from hf_nvfp4_qat.checkpoint.doctor import Diagnosis, examine
 from hf_nvfp4_qat.checkpoint.findings import ENGINES, RULES, SEVERITIES, fold, found, printable
@@ -172,6 +172,10 @@ def quantization(**changes: Any) -> Damage:
     return edited("config.json", lambda content: content["quantization_config"].update(changes))
 
 
+def group(**changes: Any) -> Damage:
+    return edited("config.json", lambda c: c["quantization_config"]["config_groups"]["group_0"].update(changes))
+
+
 def written(file: str, content: str | bytes) -> Damage:
     return lambda path: (path / file).write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -246,6 +250,10 @@ subnormal = tensor(f"{DOWN}.weight_scale", with_byte(0, 3))
 # Name: (healthy checkpoint, damage, rule, where, whether it can be mended).
 FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     "a truncated file": ("ours", lambda p: os.truncate(p / SINGLE, 20_000), "unreadable-file", SINGLE, False),
+    "a pointer to a file": (
+        "ours", written(SINGLE, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "unreadable-file", SINGLE, False,
+    ),
     "no safetensors file": ("ours", written(SINGLE, b"\x80\x04pickle"), "unreadable-file", SINGLE, False),
     "a directory for a file": ("ours", directory_instead, "unreadable-file", SINGLE, False),
     "a pipe for a file": ("ours", pipe_instead, "unreadable-file", SINGLE, False),
@@ -288,6 +296,21 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     "another algorithm": ("modelopt", quantization(quant_algo="FP8"), "other-format", "config.json", False),
     "a field of another type": ("ours", quantization(ignore=5), "bad-config", "config.json", False),
     "a pattern that is none": ("ours", quantization(ignore=["re:("]), "bad-config", "config.json", False),
+    "no model type": ("ours", edited("config.json", lambda c: c.pop("model_type")), "bad-config", "config.json", False),
+    "sizes that make no model": ("ours", config(num_attention_heads=0), "bad-config", "config.json", False),
+    "groups of eight bits": ("ours", group(weights={**NVFP4, "num_bits": 8}), "bad-group", "config.json", False),
+    "groups without layers": ("ours", group(targets=[]), "bad-group", "config.json", False),
+    "groups of another format": ("ours", group(format="float-quantized"), "bad-group", "config.json", False),
+    "no groups": ("ours", quantization(config_groups={}), "bad-group", "config.json", False),
+    "groups of other layers": ("ours", group(targets=["re:.*self_attn.*"]), "bad-group", "mlp", False),
+    "a config of the other dialect": (
+        "ours", config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}), "dialect-mismatch",
+        "config.json", False,
+    ),
+    "tensors of the other dialect": (
+        "modelopt", config(quantization_config={"quant_method": "compressed-tensors"}), "dialect-mismatch",
+        "config.json", False,
+    ),
     "frozen": ("ours", quantization(quantization_status="frozen"), "status-not-compressed", "config.json", True),
     "float32": ("ours", config(dtype="float32"), "dtype-float32", "config.json", True),
     "float32 that is stored so": (
@@ -367,6 +390,9 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     ),
     "a scale too far from another": (
         "ours", tensor(f"{UP}.weight_global_scale", lambda t: t * 2.0**20), "unshared-scale", "up_proj", False,
+    ),
+    "reciprocal scales": (
+        "llm-compressor", all_tensors("weight_global_scale", lambda t: 1 / t), "implausible-scale", "proj", False,
     ),
     "a norm that is NaN": (
         "ours", tensor("model.norm.weight", lambda t: t * torch.nan), "not-finite", "model.norm", False,
@@ -700,7 +726,7 @@ def test_a_hostile_architecture_is_not_built(change, healthy, tmp_path):
     (path / "evil.py").write_text("raise SystemExit('run')")
     config(**change)(path)
     start = time.monotonic()
-    finding_of(examine(path), "not-compared", "architecture")
+    assert {finding.rule for finding in examine(path).findings} & {"not-compared", "bad-config"}
     assert time.monotonic() - start < 10
 
 
@@ -725,6 +751,42 @@ def test_patterns_that_would_match_for_ever_are_stopped(healthy, tmp_path):
     patterns = ["mlp.gate", "re:.*head$", "layers", "re:gate"]
     assert names_matching(names, patterns) == {"lm_head", "model.layers.0.mlp.gate"}
     assert patterns_without_match(names, patterns) == ["layers", "re:gate"]
+
+
+def test_layers_that_no_group_names_need_not_be_ignored(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    layers = [name for name in quantized_layers(list(tensors_of(path))) if "self_attn" in name]
+    changed(lambda tensors: [unpack(tensors, layer) for layer in layers])(path)
+    all_of(group(targets=["re:.*mlp.*"]), quantization(ignore=[]))(path)
+    assert examine(path).ok, str(examine(path))
+    group(targets=["Linear"])(path)
+    finding_of(examine(path), "ignore-mismatch", "self_attn")
+
+
+def test_a_shard_of_an_earlier_save_is_a_note_and_not_read(healthy, tmp_path):
+    path = copy_of(healthy, "shards", tmp_path / "copy")
+    shard = sorted(path.glob("*.safetensors"))[0]
+    shutil.copy(shard, path / "model-00002-of-00099.safetensors")
+    diagnosis = examine(path)
+    assert diagnosis.ok and finding_of(diagnosis, "unindexed-shard", "of-00099").severity == "note"
+    assert not any(finding.rule == "duplicate-tensor" for finding in diagnosis.findings)
+
+
+def test_heads_divide_among_gpus(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    heads = json.loads((path / "config.json").read_text())["num_attention_heads"]
+    finding = finding_of(examine(path, tensor_parallel_size=heads + 1), "tensor-parallel", "config.json")
+    assert f"{heads} attention heads" in finding.message
+
+
+def test_two_dialects_in_one_checkpoint_are_refused_by_all_that_read_it(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    config(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})(path)
+    for command in (["verify", str(path)], ["convert", str(path), str(tmp_path / "new")]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2 and "must be of one dialect" in result.output
+    with pytest.raises(ValueError, match="must be of one dialect"):
+        load_nvfp4(path)
 
 
 def test_ten_thousand_like_faults_are_one_line():

@@ -235,7 +235,9 @@ def test_a_damaged_checkpoint_is_not_published(packed, tmp_path):
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
     with FakeHub() as hub:
         error = run_online(CLI, hub, tmp_path, "push", tmp_path / "copy", REPO, fails=True)
-        assert "Only good checkpoints are published" in error and REPO not in hub.repos
+        assert (
+            "Only good checkpoints are published" in error and "quantization_status" in error and REPO not in hub.repos
+        )
 
 
 TRAIN = """
