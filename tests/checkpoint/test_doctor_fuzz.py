@@ -49,6 +49,7 @@ def tensors() -> tuple[dict[str, torch.Tensor], ...]:
 
 
 CONFIG = {
+    "model_type": "unheard-of",
     "dtype": "bfloat16",
     "num_experts": 2,
     "tie_word_embeddings": True,
