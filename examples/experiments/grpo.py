@@ -272,12 +272,14 @@ def main(
     kind: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Those in the configuration by default.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time on the GPU.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(help="That in the configuration by default.")] = None,
     here: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Make every run that has no result yet, each in a process of its own, then the table and the plot."""
     from demo_data import prepare_model
 
     settings = tomllib.loads(config.read_text(encoding="utf-8"))
+    settings["training"]["max_steps"] = max_steps or settings["training"]["max_steps"]
     output.mkdir(parents=True, exist_ok=True)
     start = output / "warm"
     if here:
@@ -291,7 +293,8 @@ def main(
             return
         began = time.monotonic()
         command = [sys.executable, __file__, "--here", "--config", config, "--output", output]
-        command += ["--cache", cache, "--kind", name, "--seed", str(number)]
+        command += ["--cache", cache, "--kind", name, "--seed", number]
+        command += ["--max-steps", settings["training"]["max_steps"]]
         with socket.socket() as free:  # the default port would be the same for all
             free.bind(("", 0))
             port = free.getsockname()[1]
