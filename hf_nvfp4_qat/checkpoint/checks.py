@@ -21,6 +21,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     PACKED,
     QUANT_METHOD,
     SERVED_DTYPE,
+    activations_of,
     checkpoint_layout,
     from_checkpoint,
     is_nvfp4_config,
@@ -34,7 +35,7 @@ from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_group
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX
 
 _STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
-_CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
+CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 _NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK_SIZE}
 _PLAUSIBLE = (1e-10, 1e4)
 """Of the largest magnitude of a weight: beyond it a scale stands where its reciprocal belongs."""
@@ -82,9 +83,34 @@ def targeted_layers(quantization: dict[str, Any], layers: Iterable[str]) -> set[
     targets = {target for group in groups for target in group.get("targets") or []}
     if "Linear" in targets:
         return layers
-    if any(target[:1].isupper() for target in targets if isinstance(target, str)):
+    if any(map(_is_class, targets)):
         return None  # a class of some engine's
     return names_matching(layers, targets)
+
+
+def layers_with_nvfp4_inputs(quantization: dict[str, Any], layers: Iterable[str]) -> set[str]:
+    """Those of the packed `layers` whose group quantizes inputs: one that names a layer comes before one of a class.
+
+    Raises:
+        ValueError: as ``targeted_layers``.
+    """
+    layers = set(layers)
+    groups = list((quantization.get("config_groups") or {}).values())
+    if len({bool(group.get("input_activations")) for group in groups}) < 2:
+        return layers if activations_of(quantization) == "nvfp4" else set()
+    named: set[str] = set()
+    found: set[str] = set()
+    for group in groups:
+        targets = [target for target in group.get("targets") or [] if not _is_class(target)]
+        matching = names_matching(layers, targets)
+        named |= matching
+        found |= matching if group.get("input_activations") else set()
+    classes = [any(map(_is_class, group.get("targets") or [])) for group in groups if group.get("input_activations")]
+    return found | (layers - named if any(classes) else set())
+
+
+def _is_class(target: Any) -> bool:
+    return isinstance(target, str) and target[:1].isupper()
 
 
 def check_dtype(config: dict[str, Any]) -> Iterator[Finding]:
@@ -117,7 +143,10 @@ def check_parts(reader: CheckpointReader, layers: list[str]) -> tuple[list[Findi
             findings.append(found("both-forms", layer, "has both an unquantized weight and packed codes"))
     for name in layouts:
         layer, _, part = name.rpartition(".")
-        if part in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE) and f"{layer}.{PACKED}" not in layouts:
+        is_scale = part in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE)
+        # Codes of another format have scales too.
+        weight = layouts.get(f"{layer}.{PACKED}") or layouts.get(f"{layer}.weight")
+        if is_scale and (weight is None or weight[0] in FLOATING):
             findings.append(found("scale-without-codes", name, "a scale without packed codes"))
     return findings, readable
 
@@ -242,7 +271,7 @@ def check_architecture(
         yield found("missing-tensor", name, "missing")
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in sorted(present - set(expected)):
-        is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *_CACHE_SCALES))
+        is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *CACHE_SCALES))
         is_skipped |= any(pattern.search(name) for pattern in ignored)
         message = f"not a tensor of {type(model).__name__}"
         if is_skipped:
@@ -255,7 +284,13 @@ def check_architecture(
         if shapes.get(name, shape) != shape:
             message = f"shape {_shown(shapes[name])}, the model's is {_shown(shape)}"
             yield found("wrong-shape", name, message)
-    yield from check_ignore(reader, packed, linear_weights(model))
+    linears = linear_weights(model)
+    for name in sorted(shapes.keys() - linears.keys()):
+        if name.endswith((".weight", ".bias")) and layer_of(name) not in packed:
+            stored = reader.layout(name)[0]
+            if stored not in FLOATING:
+                yield found("wrong-layout", name, f"stored as {stored}; engines read floating-point numbers here")
+    yield from check_ignore(reader, packed, linears)
 
 
 def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, str]) -> Iterator[Finding]:

@@ -30,6 +30,8 @@ _TOKENIZERS = (
     *("tekken.json", "tiktoken.model", "sentencepiece.bpe.model"),
 )
 
+_OTHER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
 
 @dataclass
 class Contents:
@@ -180,6 +182,12 @@ def _check_other_files(contents: Contents) -> None:
     if partial and not is_unfinished(contents.directory):
         for name in sorted(partial):
             contents.add("partial-files", name, "left by a save that did not finish")
+    for name in _OTHER_JSON:
+        if (contents.directory / name).exists():
+            try:
+                read_json_object(contents.directory / name)
+            except ValueError as error:
+                contents.add("bad-json", name, str(error))
     if not any((contents.directory / name).exists() for name in _TOKENIZERS):
         contents.add("no-tokenizer", "tokenizer", "there is none beside the weights")
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import (
+    CHAT_TEMPLATES,
     CONFIG_FILE,
     HF_QUANT_CONFIG,
     INDEX_FILE,
@@ -32,6 +33,7 @@ from hf_nvfp4_qat.checkpoint.modelopt import (
     open_checkpoint,
     to_modelopt,
     unpacked_layers,
+    unpacked_matrices,
 )
 from hf_nvfp4_qat.checkpoint.names import (
     PACKED,
@@ -215,6 +217,9 @@ def convert_checkpoint(
         )
     configs = {CONFIG_FILE: reader.config()}
     if dialect == "modelopt":
+        # There every matrix is taken for packed that is not excluded; here those that `targets` leave out are not.
+        quantization = configs[CONFIG_FILE]["quantization_config"]
+        quantization["ignore"] = sorted({*(quantization.get("ignore") or []), *unpacked_matrices(reader)})
         configs = modelopt_config_files(configs[CONFIG_FILE], unpacked=unpacked_layers(reader))
     by_file: dict[str, list[str]] = {}
     for name, file in reader.file_of.items():
@@ -253,7 +258,7 @@ def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
 
 
 def _copy_other_files(directory: Path, staged: StagedFiles) -> None:
-    """Tokenizer, generation config, chat template, code: everything beside weights and config.json."""
+    """Tokenizer, generation config, chat templates, code: everything beside weights and config.json."""
     for path in sorted(directory.iterdir()):
         is_weights = path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", PARTIAL_SUFFIX))
         if (
@@ -263,3 +268,6 @@ def _copy_other_files(directory: Path, staged: StagedFiles) -> None:
             and not path.name.startswith(".")
         ):
             staged.path(path.name).write_bytes(path.read_bytes())
+    for path in sorted((directory / CHAT_TEMPLATES).glob("*.jinja")):
+        (staged.directory / CHAT_TEMPLATES).mkdir(exist_ok=True)
+        staged.path(f"{CHAT_TEMPLATES}/{path.name}").write_bytes(path.read_bytes())

@@ -23,6 +23,7 @@ from hf_nvfp4_qat.checkpoint.contents import Contents, read_contents
 from hf_nvfp4_qat.checkpoint.engine_checks import (
     Shapes,
     check_engines,
+    check_excludes,
     check_experts,
     check_ignore_by_name,
     check_inputs,
@@ -46,6 +47,7 @@ from hf_nvfp4_qat.checkpoint.modelopt import (
     legacy_settings,
 )
 from hf_nvfp4_qat.checkpoint.names import (
+    GLOBAL_ENCODE_SCALE,
     PACKED,
     activations_of,
     is_nvfp4_config,
@@ -58,6 +60,14 @@ from hf_nvfp4_qat.checkpoint.skeleton import CannotBuildError, skeleton
 _COUNT = re.compile(r"^num|^n_|layer|expert|depth|block|label|head|stage")
 _SIZE = re.compile(r"size$|dim$|embd$|inner$|ctx$|position|token")
 """Settings by which modules are made one by one, and others that look like them."""
+
+_FIRST = {
+    # Whichever file is mended, a loader may take the other.
+    "": {"duplicate-tensor"},
+    # Where config.json is the one that is wrong, the other may be right.
+    "configs-disagree": {"duplicate-tensor", "bad-group", "missing-input-scale", "unused-input-scale"},
+}
+"""Findings of a rule are not mended while there are any of these."""
 
 _MAX_COMPARISONS = 3 * 10**7
 """Of ModelOpt's wildcards with names: more would take minutes."""
@@ -185,9 +195,17 @@ def look_at(directory: Path) -> Examination:
     examination.findings += contents.findings
     reader = examination.reader
     examination.layers = quantized_layers(reader.names)
+    if is_mixed := _is_mixed(contents):
+        # Other formats have tensors of the same name; of theirs only NVFP4's has this scale.
+        names = set(reader.names)
+        examination.layers = [layer for layer in examination.layers if f"{layer}.{GLOBAL_ENCODE_SCALE}" in names]
     findings, examination.readable = check_parts(reader, examination.layers)
     examination.findings += findings
-    examination.config = _checked_config(examination)
+    if is_mixed:
+        message = f"says that formats are mixed; only the {len(examination.layers)} layers in NVFP4 were examined"
+        examination.findings.append(found("mixed-precision", CONFIG_FILE, message))
+    else:
+        examination.config = _checked_config(examination)
     examination.findings += check_values(reader, examination.readable)
     examination.findings += check_unpacked_values(reader, examination.layers)
     # What a reader cannot give was found; nothing more can be said of it.
@@ -195,10 +213,27 @@ def look_at(directory: Path) -> Examination:
     examination.readable = [layer for layer in examination.readable if layer not in lost]
     if examination.config is not None:
         _examine_by_config(examination, examination.config)
-    if any(finding.rule == "duplicate-tensor" for finding in examination.findings):
-        # Whichever file is mended, a loader may take the other.
-        examination.findings = [replace(finding, fixable=False) for finding in examination.findings]
+    rules = {finding.rule for finding in examination.findings}
+    examination.findings = [
+        replace(finding, fixable=finding.fixable and not (rules & _FIRST.get(finding.rule, _FIRST[""])))
+        for finding in examination.findings
+    ]
     return examination
+
+
+def _is_mixed(contents: Contents) -> bool:
+    """Whether a checkpoint says that it has layers in several formats, in any of the places where it may."""
+    quantization = (contents.config or {}).get("quantization_config")
+    if not quantization and (contents.directory / HF_QUANT_CONFIG).is_file():
+        try:
+            quantization = read_json_object(contents.directory / HF_QUANT_CONFIG)
+        except ValueError:  # said where it is examined
+            return False
+    if not isinstance(quantization, dict):
+        return False
+    legacy = quantization.get("quantization")
+    details = legacy if isinstance(legacy, dict) else quantization
+    return details.get("format") == "mixed-precision" or details.get("quant_algo") == "MIXED_PRECISION"
 
 
 def _reader(contents: Contents) -> CheckpointReader:
@@ -325,9 +360,13 @@ def _examine_by_config(examination: Examination, config: dict[str, Any]) -> None
             examination.findings += check_ignore_by_name(reader, layers)
         except ValueError as bad_pattern:
             examination.findings.append(found("bad-config", CONFIG_FILE, str(bad_pattern)))
-    examination.findings += check_kept_out(reader, examination.readable, config, examination.model)
     examination.findings += check_experts(reader, config)
-    examination.findings += check_inputs(reader, examination.readable, config)
+    examination.findings += check_excludes(reader, layers)
+    try:
+        examination.findings += check_kept_out(reader, examination.readable, config, examination.model)
+        examination.findings += check_inputs(reader, examination.readable, config)
+    except ValueError as bad_pattern:
+        examination.findings.append(found("bad-config", CONFIG_FILE, str(bad_pattern)))
 
 
 def _compare(examination: Examination, config: dict[str, Any]) -> tuple[PreTrainedModel, list[Finding]]:

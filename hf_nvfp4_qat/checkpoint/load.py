@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
+from hf_nvfp4_qat.checkpoint.files import FLOATING, CheckpointReader, resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
@@ -24,6 +24,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     SERVED_DTYPE,
     from_checkpoint,
     is_nvfp4_config,
+    layer_of,
     packed_tensors,
     quantized_layers,
 )
@@ -81,7 +82,7 @@ def check_packed(reader: CheckpointReader) -> None:
     """Refuse a checkpoint that is not packed NVFP4 in this format.
 
     Raises:
-        ValueError: another method or format, or no packed layer.
+        ValueError: another method or format, no packed layer, or layers in other formats beside them.
     """
     config = reader.config().get("quantization_config")
     if not is_nvfp4_config(config):
@@ -105,6 +106,19 @@ def check_packed(reader: CheckpointReader) -> None:
             f"Every packed layer needs its scales; {reader.directory} lacks {len(missing)}, the first {missing[0]}. "
             "Download or copy the whole checkpoint."
         )
+    if others := layers_in_other_formats(reader):
+        raise ValueError(
+            f"Layers that are not NVFP4 must be unquantized; {reader.directory} has {len(others)} in other formats, "
+            f"the first {others[0]} in {reader.layout(f'{others[0]}.weight')[0]}, and their codes would be read as "
+            "weights. Serve it as it is, or quantize the original in one format."
+        )
+
+
+def layers_in_other_formats(reader: CheckpointReader) -> list[str]:
+    """Layers whose weight is stored under its plain name as no floating-point numbers of 16 bits or more: codes."""
+    return [
+        layer_of(name) for name in reader.names if name.endswith(".weight") and reader.layout(name)[0] not in FLOATING
+    ]
 
 
 def load_decoded(path: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, CheckpointReader]:

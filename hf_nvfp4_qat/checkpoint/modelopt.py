@@ -16,6 +16,7 @@ its reciprocal in the metadata of the safetensors file, and comes back exact.
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader, read_json_object
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
+    EMBEDDINGS,
     GLOBAL_ENCODE_SCALE,
     INPUT_GLOBAL_SCALE,
     PACKED,
@@ -33,6 +35,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantization_config,
     scale_rule_of,
 )
+from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import matches
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.version import __version__
@@ -46,6 +49,7 @@ _AGAIN = "Take config.json from the checkpoint's source again."
 _EXACT = "nvfp4_exact_scales"
 _RECIPROCALS = {GLOBAL_ENCODE_SCALE: "weight_scale_2", INPUT_GLOBAL_SCALE: "input_scale"}
 _NAMES = {PACKED: "weight", BLOCK_SCALE: BLOCK_SCALE, **_RECIPROCALS}
+_EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.[0-9]{1,6}\.")
 
 
 def to_modelopt(
@@ -208,6 +212,24 @@ class ModelOptReader(CheckpointReader):
             }  # fmt: skip
         return config
 
+    def wrongly_excluding(self, layers: Iterable[str]) -> dict[str, list[str]]:
+        """Excluded entries that leave packed ones of `layers` out too, as engines read them, to those layers.
+
+        Engines compare entries with the modules that they build: fused ones, and all experts of a layer as one.
+
+        Raises:
+            ValueError: as ``config``.
+        """
+        layers_of: dict[str, list[str]] = {}
+        for layer in layers:
+            experts, *rest = _EXPERT_NUMBER.split(layer, maxsplit=1)
+            layers_of.setdefault(experts if rest else fused_group_key(layer), []).append(layer)
+        found = {
+            entry: [layer for module, built in layers_of.items() if _is_excluded(module, entry) for layer in built]
+            for entry in _stored_config(super().config(), self)["ignore"]
+        }
+        return {entry: excluded for entry, excluded in found.items() if excluded}
+
     def get_tensor(self, name: str) -> torch.Tensor:  # noqa: D102
         return self.turned_around(name)[0]
 
@@ -284,6 +306,15 @@ def has_modelopt_names(names: Iterable[str]) -> bool:
 def unpacked_layers(reader: CheckpointReader) -> list[str]:
     """Checkpoint names of the layers that have a weight which is not packed."""
     return [layer_of(name) for name in reader.names if name.endswith(".weight")]
+
+
+def unpacked_matrices(reader: CheckpointReader) -> list[str]:
+    """Those of the ``unpacked_layers`` that an engine may build as linear: a matrix each, and no embeddings."""
+    return [
+        layer
+        for layer in unpacked_layers(reader)
+        if len(reader.layout(f"{layer}.weight")[1]) == 2 and layer.rpartition(".")[2] not in EMBEDDINGS
+    ]
 
 
 def _stored_config(config: Mapping[str, Any], reader: CheckpointReader) -> dict[str, Any]:

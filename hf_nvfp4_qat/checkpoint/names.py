@@ -31,6 +31,8 @@ _SCALE_RULE = "scale_rule"
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "nvfp4-pack-quantized"
+EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"}
+"""Local names of input embeddings."""
 SERVED_DTYPE = torch.bfloat16
 """Dtype of everything in a packed checkpoint that is not quantized."""
 

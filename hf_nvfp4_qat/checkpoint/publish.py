@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
 from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, model_card
 from hf_nvfp4_qat.checkpoint.doctor import examine
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, INDEX_FILE, SINGLE_FILE
+from hf_nvfp4_qat.checkpoint.files import CHAT_TEMPLATES, CONFIG_FILE, HF_QUANT_CONFIG, INDEX_FILE, SINGLE_FILE
 from hf_nvfp4_qat.checkpoint.findings import printable
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
 from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, save_nvfp4
@@ -151,6 +151,8 @@ def _published_files(directory: Path) -> list[str]:
         is_code = has_code and path.suffix == ".py"
         if path.is_file() and (path.name in wanted or is_code or _BESIDE_WEIGHTS.fullmatch(path.name)):
             files.append(path.name)
+        elif path.is_dir() and path.name == CHAT_TEMPLATES:
+            files += [f"{path.name}/{template.name}" for template in sorted(path.glob("*.jinja"))]
         elif path.name != CARD_FILE and not path.name.startswith("."):
             others.append(printable(path.name) + "/" * path.is_dir())
     if others:

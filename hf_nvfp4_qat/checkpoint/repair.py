@@ -77,13 +77,18 @@ def repair(path: str | os.PathLike) -> list[str]:
         What was changed, a line each; empty if nothing was.
 
     Raises:
-        ValueError: `path` is no local directory, or holds no safetensors weights.
+        ValueError: `path` is no local directory, has links among its files, or holds no safetensors weights.
     """
     directory = Path(path)
     if not directory.is_dir():
         raise ValueError(
             f"A repair changes a local directory; {str(path)!r} is none. Download it first: `hf download REPO "
             "--local-dir DIRECTORY`."
+        )
+    if links := sorted(path.name for path in directory.iterdir() if path.is_symlink()):
+        raise ValueError(
+            f"A repair changes files of their own; {links[0]} in {directory} is a link, as in a snapshot of the Hub's "
+            "cache. Copy it first: `cp -rL DIRECTORY COPY`, or `hf download REPO --local-dir DIRECTORY`."
         )
     changes = []
     if is_unfinished(directory):
@@ -239,6 +244,9 @@ def _ignore(examination: Examination, plan: _Plan) -> list[str]:
     paths = {*packed, *(path for name, path in linears.items() if layer_of(name) in packed)}
     entries = (examination.config or {}).get("quantization_config", {}).get("ignore") or []
     kept = patterns_without_match(paths, entries)
+    if isinstance(reader, ModelOptReader):
+        wrong = reader.wrongly_excluding(packed)
+        kept = [entry for entry in kept if entry not in wrong]
     needed = {layer for layer in plan.decoded if reason_by_name(layer)}
     for name, path in linears.items():
         if layer_of(name) in needed or (layer_of(name) not in packed and name in names):

@@ -44,7 +44,8 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
         all for a checkpoint of ours.
 
     Raises:
-        ValueError: not a packed NVFP4 checkpoint, or an architecture Transformers does not know.
+        ValueError: not a packed NVFP4 checkpoint, an architecture Transformers does not know, or, without a
+            `config`, layers with NVFP4 inputs beside others.
     """
     model, reader = load_decoded(path, **kwargs)
     packed = set(quantized_layers(reader.names))
@@ -53,6 +54,11 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
         layers_of.setdefault(module_name, []).append(layer_of(name))
     if config is None:
         stored = reader.config()["quantization_config"]
+        if len({bool(group.get("input_activations")) for group in stored["config_groups"].values()}) > 1:
+            raise ValueError(
+                f"One recipe quantizes the inputs of all its layers or of none; {path} has groups of both. Say which: "
+                "`config=NVFP4QATConfig(activations='bf16')`, or 'nvfp4'."
+            )
         config = NVFP4QATConfig(
             exclude=_unpacked_modules(model, packed, layers_of),
             scale_rule=scale_rule_of(stored),

@@ -35,8 +35,13 @@ def test_what_is_no_part_of_a_checkpoint_is_not_published(llama_dir, tmp_path, c
     for name in ("LICENSE", "LICENSE.txt", "tokenizer.tiktoken", "tokenizer.json", "chat_template.jinja"):
         (tmp_path / name).write_text("{}")
         wanted.add(name)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tools.jinja").write_text("{}")
+    wanted.add("additional_chat_templates/tools.jinja")
     unwanted = ("secrets.json", "optimizer.safetensors", "model-00001-of-00009.safetensors", "trainer_state.json")
     for name in (*unwanted, "modeling_mine.py", "hf_quant_config.json", ".env"):
         (tmp_path / name).write_text("{}")
     assert set(_published_files(tmp_path)) == wanted - {"README.md"}
     assert all(name in caplog.text for name in unwanted) and ".env" not in caplog.text
+    convert_checkpoint(tmp_path, tmp_path / "there", "modelopt")
+    assert (tmp_path / "there" / "additional_chat_templates" / "tools.jinja").read_text() == "{}"

@@ -334,6 +334,20 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
         "modelopt", edited("hf_quant_config.json", lambda c: c["quantization"].update(exclude_modules=[UP])),
         "configs-disagree", "hf_quant_config.json", True,
     ),
+    "a packed layer excluded by a wildcard": (
+        "modelopt", quantization(ignore=["lm_head", "model.layers.0*"]), "ignore-mismatch", "model.layers.0", True,
+    ),
+    "packed layers excluded by a part of the name of their fused one": (
+        "modelopt", quantization(ignore=["lm_head", "mlp.gate"]), "ignore-mismatch", UP, True,
+    ),
+    "two configs that disagree, and neither is right": (
+        "modelopt",
+        all_of(
+            edited("hf_quant_config.json", lambda c: c["quantization"].update(quant_algo="NVFP4")),
+            changed(lambda t: t.update({f"{UP}.input_scale": torch.ones(())})),
+        ),
+        "configs-disagree", "hf_quant_config.json", False,
+    ),
     "an input scale missing": ("W4A4", dropped(f"{UP}.input_global_scale"), "missing-input-scale", UP, False),
     "an input scale too many": (
         "ours", changed(lambda t: t.update({f"{UP}.input_global_scale": torch.ones(1)})), "unused-input-scale", UP,
@@ -394,13 +408,24 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     "reciprocal scales": (
         "llm-compressor", all_tensors("weight_global_scale", lambda t: 1 / t), "implausible-scale", "proj", False,
     ),
+    "a scale of the cache that is zero": (
+        "ours", changed(lambda t: t.update({f"{Q.replace('q_proj', 'k_proj')}.k_scale": torch.zeros(1)})),
+        "bad-cache-scale", "k_scale", False,
+    ),
+    "an embedding in integers": (
+        "ours", tensor("model.embed_tokens.weight", lambda t: t.to(torch.int8)), "wrong-layout", "embed_tokens", False,
+    ),
+    "a tokenizer that is not JSON": (
+        "ours", written("tokenizer.json", "{"), "bad-json", "tokenizer.json", False,
+    ),
     "a norm that is NaN": (
         "ours", tensor("model.norm.weight", lambda t: t * torch.nan), "not-finite", "model.norm", False,
     ),
     "a router packed": ("experts", packed_instead(ROUTER), "quantized-router", ROUTER, True),
     "the output embedding packed": ("llm-compressor", packed_instead("lm_head"), "quantized-lm-head", "lm_head", True),
     "the output embedding packed, there": (
-        "modelopt", packed_instead("lm_head", "modelopt"), "quantized-lm-head", "lm_head", True,
+        # vLLM reads it there, so it may be meant.
+        "modelopt", packed_instead("lm_head", "modelopt"), "quantized-lm-head", "lm_head", False,
     ),
     "the output embedding packed by another tool": (
         "llm-compressor", packed_instead("lm_head", scale=1.37), "quantized-lm-head", "lm_head", False,
@@ -416,6 +441,10 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     ),
     "a projection of an expert missing": (
         "experts", changed(lambda t: [t.pop(name) for name in list(t) if name.startswith(EXPERT)]),
+        "missing-expert", "model.layers.0.mlp.experts.3", False,
+    ),
+    "an expert with a tensor more": (
+        "experts", changed(lambda t: t.update({f"{EXPERT}.bias": torch.ones(1)})),
         "missing-expert", "model.layers.0.mlp.experts.3", False,
     ),
     "more experts than config.json has": ("experts", config(num_experts=4), "missing-expert", "experts", False),
@@ -518,7 +547,7 @@ def test_each_fault_is_found_and_mended_or_left_alone(base, damage, rule, where,
 
 
 def test_every_rule_that_is_no_note_has_a_planted_fault():
-    elsewhere = {"unfinished-repair", "modelopt-dialect", "hopper-dialect", "tensor-parallel"}
+    elsewhere = {"unfinished-repair", "hopper-dialect", "tensor-parallel"}
     planted = {rule for _, _, rule, _, _ in FAULTS.values()} | elsewhere
     assert {rule for rule, known in RULES.items() if known.severity != "note"} == planted
     assert all(known.severity in SEVERITIES and set(known.engines) <= set(ENGINES) for known in RULES.values())
@@ -761,6 +790,65 @@ def test_layers_that_no_group_names_need_not_be_ignored(healthy, tmp_path):
     assert examine(path).ok, str(examine(path))
     group(targets=["Linear"])(path)
     finding_of(examine(path), "ignore-mismatch", "self_attn")
+
+
+def test_of_mixed_formats_only_nvfp4_is_examined_and_said_to_be(healthy, tmp_path):
+    for base, says in (("ours", {"format": "mixed-precision"}), ("modelopt", {"quant_algo": "MIXED_PRECISION"})):
+        path = copy_of(healthy, base, tmp_path / base)
+        fp8 = {f"{DOWN}.weight_scale": torch.ones(1, dtype=torch.bfloat16), f"{DOWN}.input_scale": torch.ones(1)}
+        int4 = {f"{Q}.weight_packed": torch.ones(64, 8, dtype=torch.int32), f"{Q}.weight_scale": torch.ones(64, 1)}
+        changed(lambda t: [t.pop(name) for name in list(t) if name.startswith((DOWN, Q))])(path)  # noqa: B023
+        changed(lambda t, fp8=fp8: t.update({f"{DOWN}.weight": torch.ones(64, 128).to(torch.float8_e4m3fn), **fp8}))(
+            path
+        )
+        if base == "ours":
+            changed(lambda t, int4=int4: t.update(int4))(path)
+        quantization(**says)(path)
+        diagnosis = examine(path)
+        assert diagnosis.ok, str(diagnosis)
+        assert "only the 12 layers in NVFP4" in finding_of(diagnosis, "mixed-precision", "config.json").message
+        tensor(f"{UP}.weight_scale", with_byte(0, 0x7F))(path)
+        finding_of(examine(path), "bad-block-scale", UP)
+        with pytest.raises(ValueError, match="mixed-precision|MIXED_PRECISION"):
+            load_nvfp4(path)
+
+
+def test_a_config_that_hides_other_formats_is_refused_by_all_that_decode(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    changed(lambda tensors: in_fp8(tensors, DOWN))(path)
+    for command in ("dequantize", "convert"):
+        result = CliRunner().invoke(app, [command, str(path), str(tmp_path / "new")])
+        assert result.exit_code == 2 and f"the first {DOWN} in F8_E4M3" in " ".join(result.output.split())
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="Layers that are not NVFP4 must be unquantized"):
+        load_nvfp4(path)
+
+
+def test_layers_with_nvfp4_inputs_may_stand_beside_others(healthy, tmp_path):
+    path = copy_of(healthy, "W4A4", tmp_path / "copy")
+    changed(lambda t: [t.pop(name) for name in list(t) if "mlp" in name and name.endswith("input_global_scale")])(path)
+    weights_only = {"targets": ["re:.*mlp.*"], "weights": {**NVFP4, "dynamic": False}, "input_activations": None}
+    edited("config.json", lambda c: c["quantization_config"]["config_groups"].update(group_1=weights_only))(path)
+    assert examine(path).ok, str(examine(path))
+    with pytest.raises(ValueError, match="groups of both. Say which"):
+        load_nvfp4(path)
+    load_nvfp4(path, NVFP4QATConfig())
+    dropped(f"{Q}.input_global_scale")(path)
+    (finding,) = [finding for finding in examine(path).findings if finding.rule == "missing-input-scale"]
+    assert finding.where == Q
+
+
+def test_a_snapshot_of_links_is_not_repaired(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "blobs")
+    double(path)
+    (tmp_path / "snapshot").mkdir()
+    for file in path.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    before = bytes_of(path)
+    with pytest.raises(ValueError, match="is a link, as in a snapshot of the Hub's cache. Copy it first"):
+        repair(tmp_path / "snapshot")
+    assert bytes_of(path) == before
+    finding_of(examine(tmp_path / "snapshot"), "unshared-scale", "up_proj")
 
 
 def test_a_shard_of_an_earlier_save_is_a_note_and_not_read(healthy, tmp_path):

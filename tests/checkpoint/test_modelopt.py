@@ -185,6 +185,17 @@ def test_regular_expressions_in_ignore_are_spelled_out(llama_dir, tmp_path):
     assert len(excluded) == 8 and "model.layers.0.mlp.up_proj" in excluded
 
 
+def test_layers_that_no_group_names_are_excluded_there(llama_dir, tmp_path):
+    save_nvfp4(make(llama_dir, NVFP4QATConfig(exclude=["re:.*self_attn.*"])), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config["quantization_config"]["ignore"] = []
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = ["re:.*mlp.*"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    convert_checkpoint(tmp_path / "a", tmp_path / "b", "modelopt")
+    excluded = json.loads((tmp_path / "b" / "hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert len(excluded) == 9 and {"lm_head", "model.layers.1.self_attn.o_proj"} < set(excluded)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
