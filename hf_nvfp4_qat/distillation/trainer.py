@@ -2,12 +2,18 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
+from hf_nvfp4_qat.checkpoint.card import model_card
+from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, read_json_object
+from hf_nvfp4_qat.checkpoint.names import is_nvfp4_config
+from hf_nvfp4_qat.checkpoint.publish import CARD_FILE
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.modules.swap import qat_weights
 
@@ -118,6 +124,15 @@ class QADTrainer(Trainer):
         sums = torch.stack([part.double() for part in (*parts, num_tokens)])
         self._sums[mode] = self._sums.get(mode, 0) + sums
         return loss / (num_tokens if num_items_in_batch is None else num_items_in_batch)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the section of ``model_card`` where packed weights are what is published."""
+        super().create_model_card(*args, **kwargs)
+        directory = Path(self.args.output_dir)
+        if self.is_world_process_zero() and (directory / CONFIG_FILE).is_file():
+            if is_nvfp4_config(read_json_object(directory / CONFIG_FILE).get("quantization_config")):
+                card = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True)
+                model_card(directory, repo_id=self.hub_model_id or "", existing=card).save(directory / CARD_FILE)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the parts of the loss among the metrics."""

@@ -243,23 +243,27 @@ def test_a_damaged_checkpoint_is_not_published(packed, tmp_path):
 TRAIN = """
 import sys, torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from hf_nvfp4_qat import NVFP4QATConfig
+from hf_nvfp4_qat import NVFP4QATConfig, QADTrainer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=NVFP4QATConfig())
 row = {"input_ids": torch.arange(16), "labels": torch.arange(16)}
 arguments = TrainingArguments(
     output_dir=sys.argv[2], max_steps=1, use_cpu=True, report_to=[], push_to_hub=True, hub_model_id="me/trained",
     save_strategy="no", per_device_train_batch_size=1,
 )
-trainer = Trainer(model, arguments, train_dataset=[row] * 4)
+trainer = {"Trainer": Trainer, "QADTrainer": QADTrainer}[sys.argv[3]](model, arguments, train_dataset=[row] * 4)
 trainer.train()
 trainer.push_to_hub()
 """
 
 
 @pytest.mark.slow
-def test_a_trainer_publishes_packed_weights_and_tags_its_card(qwen3_dir, tmp_path):
+@pytest.mark.parametrize("trainer", ["Trainer", "QADTrainer"])
+def test_a_trainer_publishes_packed_weights_and_tags_its_card(trainer, qwen3_dir, tmp_path):
     with FakeHub() as hub:
-        run_online(TRAIN, hub, tmp_path, qwen3_dir, tmp_path / "output")
+        run_online(TRAIN, hub, tmp_path, qwen3_dir, tmp_path / "output", trainer)
         files = hub.repos["me/trained"]
     assert json.loads(files["config.json"])["quantization_config"]["format"] == "nvfp4-pack-quantized"
-    assert {"nvfp4", "quantization-aware-training"} <= set(ModelCard(files["README.md"].decode()).data.tags)
+    card = ModelCard(files["README.md"].decode())
+    assert {"nvfp4", "quantization-aware-training"} <= set(card.data.tags)
+    assert "### Training hyperparameters" in card.text
+    assert ("vllm serve me/trained" in card.text) == (trainer == "QADTrainer")
