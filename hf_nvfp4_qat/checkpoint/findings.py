@@ -114,7 +114,9 @@ RULES = {
     "modelopt-dialect": Rule(
         "note", "`nvfp4-qat convert PATH DESTINATION --to compressed-tensors`.", ("transformers",)
     ),
-    "hopper-dialect": Rule("warning", "On Hopper: `nvfp4-qat convert PATH DESTINATION --to modelopt`.", ("sglang",)),
+    "sglang-version": Rule(
+        "note", "SGLang 0.5.22 or newer; 0.5.19 after `nvfp4-qat convert PATH DESTINATION --to modelopt`.", ("sglang",)
+    ),
     "w4a4-on-hopper": Rule(
         "note", "Serve on Blackwell, or with `--linear-backend emulation`, slowly, to get W4A4's numbers.", ("vllm",)
     ),

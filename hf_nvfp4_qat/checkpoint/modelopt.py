@@ -1,4 +1,4 @@
-"""ModelOpt's dialect of the same numbers, for TensorRT-LLM, and SGLang on Hopper: other names, other directions.
+"""ModelOpt's dialect of the same numbers, for TensorRT-LLM and SGLang: other names, other directions.
 
     here (compressed-tensors)                       there
     -------------------------                       ------------------------------------------------------

@@ -54,7 +54,7 @@ def save_nvfp4(
     """Write the packed NVFP4 checkpoint of a QAT model: compressed-tensors `nvfp4-pack-quantized`, or ModelOpt's.
 
     vLLM, SGLang and plain Transformers (with compressed-tensors) load the first without this package; vLLM,
-    TensorRT-LLM and SGLang, on Hopper too, the second. What is not quantized is written in bfloat16. Weights are
+    TensorRT-LLM and SGLang before 0.5.22 the second. What is not quantized is written in bfloat16. Weights are
     packed one at a time; the extra memory is one shard. All files appear together when complete.
 
     Of a model sharded by FSDP2 every process must call this, unless a full `state_dict` is given: each packs its rows,
