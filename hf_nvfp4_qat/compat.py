@@ -5,6 +5,7 @@ load report is clean or says "unexpected", and the model answers nonsense. The c
 and so does ``load_nvfp4``.
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACK
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 _OLDEST = Version("5.17.0")
-_NEWEST_TESTED = Version("5.23.0")
+_NEWEST_TESTED = Version("5.24.0")
+_FIRST_REFUSED = Version("6.0.0")
+
+logger = logging.getLogger(__name__)
 
 
 def fix_expert_loading() -> None:
@@ -23,14 +27,21 @@ def fix_expert_loading() -> None:
 
     Changes Transformers' compressed-tensors loading in this process, for NVFP4 experts alone. Once is enough.
 
+    A minor version newer than those tested is repaired with a warning.
+
     Raises:
-        ValueError: a version of Transformers in which this was not tested.
+        ValueError: a major version of Transformers in which this was not tested.
     """
     version = Version(Version(transformers.__version__).base_version)
-    if not _OLDEST <= version <= _NEWEST_TESTED:
+    if not _OLDEST <= version < _FIRST_REFUSED:
         raise ValueError(
-            f"The repair of expert loading is for Transformers {_OLDEST} to {_NEWEST_TESTED}; {version} is installed. "
+            f"The repair of expert loading is for Transformers {_OLDEST} to 5.x; {version} is installed. "
             "It may read experts rightly by itself: compare with `load_nvfp4`, which needs no repair."
+        )
+    if version > _NEWEST_TESTED:
+        logger.warning(
+            f"The repair of expert loading was tested up to Transformers {_NEWEST_TESTED}; {version} is installed: "
+            "compare with `load_nvfp4`, which needs no repair."
         )
     from transformers.integrations.compressed_tensors import DecompressExperts
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer

@@ -147,6 +147,23 @@ def test_the_repair_refuses_versions_it_was_not_tested_in(monkeypatch):
         fix_expert_loading()
 
 
+def test_the_repair_warns_of_newer_minor_versions(monkeypatch, caplog):
+    import transformers
+    from transformers.integrations import compressed_tensors as integration
+    from transformers.quantizers import quantizer_compressed_tensors as quantizer
+
+    from hf_nvfp4_qat.compat import fix_expert_loading
+
+    # Put back when the test ends: the repair is for fresh processes here.
+    monkeypatch.setattr(integration.DecompressExperts, "convert", integration.DecompressExperts.convert)
+    owner = quantizer.CompressedTensorsHfQuantizer
+    monkeypatch.setattr(owner, "update_weight_conversions", owner.update_weight_conversions)
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    fix_expert_loading()
+    assert "5.99.0 is installed" in caplog.text
+    assert integration.DecompressExperts.convert.nvfp4
+
+
 def test_inspection_shows_the_experts_of_a_layer_as_one(source):
     layers = inspect_checkpoint(source)
     folded = {layer.name: layer for layer in fold_experts(layers)}
