@@ -40,8 +40,8 @@ def fix_expert_loading() -> None:
         )
     if version > _NEWEST_TESTED:
         logger.warning(
-            f"The repair of expert loading was tested up to Transformers {_NEWEST_TESTED}; {version} is installed: "
-            "compare with `load_nvfp4`, which needs no repair."
+            f"The repair of expert loading was tested up to Transformers {_NEWEST_TESTED}; {version} is installed. "
+            "Compare with `load_nvfp4`, which needs no repair."
         )
     from transformers.integrations.compressed_tensors import DecompressExperts
     from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
