@@ -83,6 +83,7 @@ RULES = {
     "bad-block-scale": Rule("error", _BY_HAND),
     "implausible-scale": Rule("warning", _BY_HAND),
     "zero-block-scale": Rule("warning", _BY_HAND),
+    "lost-codes": Rule("error", f"{_AGAIN} A copy that did not end leaves zeros."),
     "subnormal-block-scale": Rule(
         "warning", "Move powers of two from the global scale into the block scales.", ("vllm",)
     ),

@@ -240,6 +240,13 @@ def pipe_instead(path: Path) -> None:
     os.mkfifo(path / SINGLE)
 
 
+def zeros_at_the_end(path: Path) -> None:
+    """What a copy leaves that had room reserved and did not end."""
+    size = (path / SINGLE).stat().st_size
+    os.truncate(path / SINGLE, size - 4_000)
+    os.truncate(path / SINGLE, size)
+
+
 def last_shard_lost(path: Path) -> None:
     sorted(path.glob("*.safetensors"))[-1].unlink()
 
@@ -380,6 +387,7 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     ),
     "a negative block scale": ("ours", tensor(f"{UP}.weight_scale", with_byte(0, 0xB8)), "bad-block-scale", UP, False),
     "a block scale of zero": ("ours", tensor(f"{UP}.weight_scale", with_byte(0, 0)), "zero-block-scale", UP, False),
+    "a file that ends in zeros": ("ours", zeros_at_the_end, "lost-codes", "proj", False),
     "a subnormal block scale": (
         # Of weights whose scales are all small there is room above.
         "ours", all_of(tensor(f"{DOWN}.weight_scale", lambda t: (t.float() / 64).to(t.dtype)), subnormal),

@@ -76,6 +76,16 @@ def test_all_codes_are_told_from_zero_and_negative_zero():
         assert (facts.largest is None) == (code in (0, 8)) and facts.num_negative_zeros == 8 * (code == 8)
 
 
+def test_rows_of_zeros_are_lost_only_if_their_scales_say_they_held_something():
+    codes = torch.zeros(4, 24, dtype=torch.uint8)
+    codes[3] = 0x21
+    scales = torch.tensor([[0.0] * 3, [1.0, 1.0, 2.0**-9], [7.0, 8.0, 9.0], [7.0, 8.0, 9.0]]).to(torch.float8_e4m3fn)
+    assert scale_facts(NVFP4Tensor(codes, scales, torch.tensor(1.0))).num_lost_rows == 1
+    pruned = torch.randn(8, 64)
+    pruned[::2] = 0
+    assert scale_facts(quantize_nvfp4(pruned)).num_lost_rows == 0
+
+
 def test_values_are_exact_in_bfloat16_with_a_power_of_two_and_mostly_not_without():
     assert is_exact_in_bfloat16(weight(*SCALES.float().tolist(), global_scale=2.0**-8))
     assert not is_exact_in_bfloat16(weight(3.25, global_scale=1.37))
