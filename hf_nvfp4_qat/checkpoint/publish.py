@@ -126,8 +126,9 @@ def publish_checkpoint(
 
 
 def _refuse_errors(directory: Path) -> None:
+    findings = examine(directory).findings
     found = {
-        severity: "; ".join(str(finding) for finding in examine(directory).findings if finding.severity == severity)
+        severity: "; ".join(str(finding) for finding in findings if finding.severity == severity)
         for severity in ("error", "warning")
     }
     if found["error"]:
