@@ -80,6 +80,8 @@ class FakeHub:
                 if self.is_in_trouble():
                     return None
                 path = self.path.split("?")[0]
+                if path == "/api/whoami-v2":
+                    return self.answer({"type": "user", "name": "me", "orgs": []})
                 if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.*)?", path):
                     if match[1] not in hub.repos:
                         return self.missing("RepoNotFound")

@@ -31,14 +31,22 @@ from hf_nvfp4_qat.checkpoint.names import (
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, scale_facts, shared_exponents
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_shapes, linear_weights
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
+from hf_nvfp4_qat.modules.fused_groups import always_fused_key, split_fused_groups
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX
 
 _STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 _NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK_SIZE}
+TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _PLAUSIBLE = (1e-10, 1e4)
 """Of the largest magnitude of a weight: beyond it a scale stands where its reciprocal belongs."""
+
+
+def setting(config: dict[str, Any], *names: str) -> Any:
+    """The first of these settings that config.json has, at the top or in the part for the language model."""
+    parts = [config, *(config.get(part) for part in TEXT_CONFIGS)]
+    values = (part[name] for part in parts if isinstance(part, dict) for name in names if part.get(name) is not None)
+    return next(values, None)
 
 
 def check_config(config: dict[str, Any]) -> Iterator[Finding]:
@@ -115,7 +123,7 @@ def _is_class(target: Any) -> bool:
 
 def check_dtype(config: dict[str, Any]) -> Iterator[Finding]:
     """What is not packed is served in bfloat16."""
-    dtype = config.get("dtype", config.get("torch_dtype"))
+    dtype = setting(config, "dtype", "torch_dtype")
     if dtype != str(SERVED_DTYPE).removeprefix("torch."):
         yield found("dtype", CONFIG_FILE, f"dtype is {dtype}; ours is bfloat16, exact for our weights")
 
@@ -197,7 +205,7 @@ def check_values(reader: CheckpointReader, layers: list[str]) -> list[Finding]:
         except (ValueError, RuntimeError) as error:
             findings.append(found("unreadable-tensor", layer, str(error)))
         else:
-            groups.setdefault(fused_group_key(layer), {})[layer] = facts
+            groups.setdefault(always_fused_key(layer), {})[layer] = facts
     for group in groups.values():
         findings += _check_group(group)
     facts_of = [facts for group in groups.values() for facts in group.values()]
@@ -235,6 +243,8 @@ def _check_group(group: dict[str, ScaleFacts]) -> Iterator[Finding]:
         if facts.num_zero:
             message = f"{facts.num_zero} block scales are zero under codes that are not: these blocks decode to zeros"
             yield found("zero-block-scale", layer, message)
+        if facts.largest is None and not facts.num_bad:
+            yield found("all-zero", layer, "decodes to nothing but zeros")
         if facts.num_lost_rows:
             message = f"{facts.num_lost_rows} rows have only zeros for codes, under block scales that zeros do not have"
             yield found("lost-codes", layer, message)
@@ -265,13 +275,15 @@ def check_architecture(
         ValueError: `ignore` has something that is no pattern.
     """
     packed = set(layers)
-    expected = checkpoint_shapes(model)
-    present = {f"{layer}.weight" for layer in packed} | {
-        name for name in reader.names if layer_of(name).rpartition(".")[0] not in packed or name.endswith(".bias")
-    }
-    present -= packed_tensors(packed)
+    expected = checkpoint_shapes(model, reader.names)
+    present = {f"{layer}.weight" for layer in packed} | (set(reader.names) - packed_tensors(packed))
     for name in sorted(set(expected) - present):
         yield found("missing-tensor", name, "missing")
+    # Llama 4's in ModelOpt's dialect: all experts of a layer in one tensor of codes.
+    fused = {name for name in expected if f"{name}_{BLOCK_SCALE}" in present}
+    for name in sorted(fused):
+        yield found("fused-experts", name, "experts that are packed in one tensor were not examined")
+    present -= {name for name in present if name.startswith(tuple(f"{experts}_" for experts in fused))}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in sorted(present - set(expected)):
         is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *CACHE_SCALES))
@@ -282,12 +294,16 @@ def check_architecture(
         else:
             yield found("unknown-tensor", name, message)
     shapes = {f"{layer}.weight": _weight_shape(reader, layer) for layer in readable}
-    shapes |= {name: reader.layout(name)[1] for name in expected if name in present and layer_of(name) not in packed}
+    shapes |= {
+        name: reader.layout(name)[1]
+        for name in expected
+        if name in present and name not in fused and layer_of(name) not in packed
+    }
     for name, shape in expected.items():
         if shapes.get(name, shape) != shape:
             message = f"shape {_shown(shapes[name])}, the model's is {_shown(shape)}"
             yield found("wrong-shape", name, message)
-    linears = linear_weights(model)
+    linears = linear_weights(model, reader.names)
     for name in sorted(shapes.keys() - linears.keys()):
         if name.endswith((".weight", ".bias")) and layer_of(name) not in packed:
             stored = reader.layout(name)[0]
@@ -308,7 +324,8 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
         ValueError: `ignore` has something that is no pattern.
     """
     quantization = reader.config().get("quantization_config") or {}
-    ignored = names_matching({*map(layer_of, linears), *linears.values()}, quantization.get("ignore") or [])
+    entries = quantization.get("ignore") or []
+    ignored = names_matching({*map(layer_of, linears), *linears.values()}, entries)
     targeted = targeted_layers(quantization, {*map(layer_of, linears), *packed})
     for layer in sorted(packed - (packed if targeted is None else targeted)):
         yield found("bad-group", layer, "packed, but no group's `targets` name it")
@@ -322,7 +339,9 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
         elif layer not in packed and name in names and reader.layout(name)[0] not in FLOATING:
             message, is_fixable = f"neither packed nor unquantized: its weight is {reader.layout(name)[0]}", False
         elif layer not in packed and name in names and layer not in ignored and is_wanted:
-            message = "not packed and not in `ignore`; vLLM would look for packed weights"
+            # vLLM translates plain entries, as it translates the names of weights.
+            if module_path not in entries or not _differ_in_front(layer, module_path):
+                message = "not packed and not in `ignore`; vLLM would look for packed weights"
         elif layer not in packed and name in names and module_path not in ignored and is_wanted:
             message = f"`ignore` lacks its module name {module_path}; Transformers looks for that"
         if message:
@@ -330,6 +349,14 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
     stored = {layer_of(name) for name in linears if name in names} | packed
     for inside, outside in split_fused_groups(packed, stored).values():
         yield found("split-group", inside[0], f"packed, but {outside[0]}, which vLLM fuses with it, is not")
+
+
+def _differ_in_front(path: str, other: str) -> bool:
+    """Whether two paths of a layer are the same from its number on."""
+    first, second = path.split("."), other.split(".")
+    while first and second and first[-1] == second[-1]:
+        first.pop(), second.pop()
+    return not any(part.isdigit() for part in (*first, *second))
 
 
 def _weight_shape(reader: CheckpointReader, layer: str) -> tuple[int, ...]:

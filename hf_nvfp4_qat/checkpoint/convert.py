@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import (
+    CARD_FILE,
     CHAT_TEMPLATES,
     CONFIG_FILE,
     HF_QUANT_CONFIG,
@@ -89,7 +90,7 @@ def ptq_sources(
         )
     model = skeleton(directory)
     swap_linears(model, recipe, output_embedding=model.get_output_embeddings())
-    module_names = checkpoint_names(model)
+    module_names = checkpoint_names(model, reader.names)
     weights = set(qat_weights(model))
     selected = {name for name, module_name in module_names.items() if module_name in weights}
     found = {layer_of(name): partial(reader.get_tensor, name) for name in reader.names if name in selected}
@@ -217,9 +218,10 @@ def convert_checkpoint(
         )
     configs = {CONFIG_FILE: reader.config()}
     if dialect == "modelopt":
-        # There every matrix is taken for packed that is not excluded; here those that `targets` leave out are not.
         quantization = configs[CONFIG_FILE]["quantization_config"]
-        quantization["ignore"] = sorted({*(quantization.get("ignore") or []), *unpacked_matrices(reader)})
+        if not any("Linear" in (group.get("targets") or []) for group in quantization["config_groups"].values()):
+            # There every matrix is taken for packed that is not excluded; here those that `targets` leave out are not.
+            quantization["ignore"] = sorted({*(quantization.get("ignore") or []), *unpacked_matrices(reader)})
         configs = modelopt_config_files(configs[CONFIG_FILE], unpacked=unpacked_layers(reader))
     by_file: dict[str, list[str]] = {}
     for name, file in reader.file_of.items():
@@ -238,7 +240,7 @@ def convert_checkpoint(
         if (reader.directory / INDEX_FILE).is_file():
             index = json.loads((reader.directory / INDEX_FILE).read_text(encoding="utf-8"))
             staged.write_json(INDEX_FILE, {**index, "weight_map": weight_map})
-        _copy_other_files(reader.directory, staged)
+        _copy_other_files(reader.directory, staged, with_card=True)
         for name, content in configs.items():
             staged.write_json(name, content)
     return len(quantized_layers(reader.names))
@@ -257,14 +259,15 @@ def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
     return _SAFETENSORS_DTYPES[stored]
 
 
-def _copy_other_files(directory: Path, staged: StagedFiles) -> None:
-    """Tokenizer, generation config, chat templates, code: everything beside weights and config.json."""
+def _copy_other_files(directory: Path, staged: StagedFiles, *, with_card: bool = False) -> None:
+    """Tokenizer, generation config, chat templates, code: all beside weights, config.json and another model's card."""
     for path in sorted(directory.iterdir()):
         is_weights = path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", PARTIAL_SUFFIX))
         if (
             path.is_file()
             and not is_weights
             and path.name not in (CONFIG_FILE, HF_QUANT_CONFIG)
+            and (with_card or path.name != CARD_FILE)
             and not path.name.startswith(".")
         ):
             staged.path(path.name).write_bytes(path.read_bytes())

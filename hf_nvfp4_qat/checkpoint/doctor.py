@@ -18,7 +18,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import check_architecture, check_config, check_dtype, check_parts, check_values
+from hf_nvfp4_qat.checkpoint.checks import (
+    check_architecture,
+    check_config,
+    check_dtype,
+    check_parts,
+    check_values,
+    setting,
+)
 from hf_nvfp4_qat.checkpoint.contents import Contents, read_contents
 from hf_nvfp4_qat.checkpoint.engine_checks import (
     Shapes,
@@ -308,7 +315,7 @@ def _refuse_endless(config: dict[str, Any], reader: CheckpointReader) -> None:
 
 
 def _check_dtype(examination: Examination, config: dict[str, Any]) -> Iterator[Finding]:
-    if config.get("dtype", config.get("torch_dtype")) != "float32":
+    if setting(config, "dtype", "torch_dtype") != "float32":
         yield from check_dtype(config)
         return
     packed = packed_tensors(examination.layers)

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import CACHE_SCALES, layers_with_nvfp4_inputs
+from hf_nvfp4_qat.checkpoint.checks import CACHE_SCALES, layers_with_nvfp4_inputs, setting
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
@@ -25,13 +25,12 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
 from hf_nvfp4_qat.modules.swap import reason_by_name
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 
 _EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.(.+)", re.DOTALL)
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 
 _ROW_PARALLEL = {"o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "wo"}
 """Local names of the layers whose inputs vLLM divides among GPUs; of the rest it divides outputs."""
@@ -40,13 +39,6 @@ _COLUMN_PARALLEL = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc1", "dense_
 
 Shapes = dict[str, tuple[int, int]]
 """Packed layer to ``(N, K)``."""
-
-
-def setting(config: dict[str, Any], *names: str) -> Any:
-    """The first of these settings that config.json has, at the top or in the part for the language model."""
-    parts = [config, *(config.get(part) for part in _TEXT_CONFIGS)]
-    values = (part[name] for part in parts if isinstance(part, dict) for name in names if part.get(name) is not None)
-    return next(values, None)
 
 
 def check_kept_out(
@@ -137,7 +129,7 @@ def check_inputs(reader: CheckpointReader, readable: list[str], config: dict[str
             except ValueError as error:
                 yield found("unreadable-tensor", name, str(error))
                 continue
-            groups.setdefault(fused_group_key(layer), {})[layer] = scale
+            groups.setdefault(always_fused_key(layer), {})[layer] = scale
             if not math.isfinite(scale) or scale <= 0:
                 yield found("bad-input-scale", layer, f"the scale of its inputs, {scale}, is not finite and positive")
             elif layer not in with_inputs and not _EXPERT.fullmatch(layer):  # of experts vLLM waits for one anyway

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -47,6 +47,7 @@ RULES = {
     "no-config": Rule("error", "Take config.json from the checkpoint's source again."),
     "no-quantization-config": Rule("error", "Take config.json from the checkpoint's source again."),
     "mixed-precision": Rule("note", "Nothing to do for serving; this package loads and converts NVFP4 alone."),
+    "fused-experts": Rule("note", "Nothing to do for serving; this package reads experts that are stored one by one."),
     "nothing-packed": Rule("error", "Remove `quantization_config`, or pack the weights: `nvfp4-qat quantize`."),
     "other-format": Rule("error", "This package reads and checks NVFP4 only."),
     "bad-config": Rule("error", "Take config.json from the checkpoint's source again."),
@@ -83,6 +84,7 @@ RULES = {
     "bad-block-scale": Rule("error", _BY_HAND),
     "implausible-scale": Rule("warning", _BY_HAND),
     "zero-block-scale": Rule("warning", _BY_HAND),
+    "all-zero": Rule("note", "If it is not meant to be: download or copy it again."),
     "lost-codes": Rule("error", f"{_AGAIN} A copy that did not end leaves zeros."),
     "subnormal-block-scale": Rule(
         "warning", "Move powers of two from the global scale into the block scales.", ("vllm",)

@@ -24,7 +24,6 @@ from hf_nvfp4_qat.checkpoint.names import (
     SERVED_DTYPE,
     from_checkpoint,
     is_nvfp4_config,
-    layer_of,
     packed_tensors,
     quantized_layers,
 )
@@ -82,7 +81,8 @@ def check_packed(reader: CheckpointReader) -> None:
     """Refuse a checkpoint that is not packed NVFP4 in this format.
 
     Raises:
-        ValueError: another method or format, no packed layer, or layers in other formats beside them.
+        ValueError: another method or format, no packed layer, one that is there unpacked too, or tensors in other
+            formats beside them.
     """
     config = reader.config().get("quantization_config")
     if not is_nvfp4_config(config):
@@ -106,18 +106,27 @@ def check_packed(reader: CheckpointReader) -> None:
             f"Every packed layer needs its scales; {reader.directory} lacks {len(missing)}, the first {missing[0]}. "
             "Download or copy the whole checkpoint."
         )
-    if others := layers_in_other_formats(reader):
+    if both := [layer for layer in quantized_layers(reader.names) if f"{layer}.weight" in reader.file_of]:
         raise ValueError(
-            f"Layers that are not NVFP4 must be unquantized; {reader.directory} has {len(others)} in other formats, "
-            f"the first {others[0]} in {reader.layout(f'{others[0]}.weight')[0]}, and their codes would be read as "
-            "weights. Serve it as it is, or quantize the original in one format."
+            f"A layer is packed or is not; {reader.directory} has {len(both)} in both forms, the first {both[0]}. "
+            "Remove the one that is not to be served."
+        )
+    if others := codes_of_other_formats(reader):
+        raise ValueError(
+            f"What is not NVFP4 must be unquantized; {reader.directory} has {len(others)} tensors in other formats, "
+            f"the first {others[0]} in {reader.layout(others[0])[0]}, and their codes would be read as weights. Serve "
+            "it as it is, or quantize the original in one format."
         )
 
 
-def layers_in_other_formats(reader: CheckpointReader) -> list[str]:
-    """Layers whose weight is stored under its plain name as no floating-point numbers of 16 bits or more: codes."""
+def codes_of_other_formats(reader: CheckpointReader) -> list[str]:
+    """Weights, and other matrices, of numbers that no unquantized layer has."""
+    packed = packed_tensors(quantized_layers(reader.names))
+    layouts = {name: reader.layout(name) for name in reader.names if name not in packed}
     return [
-        layer_of(name) for name in reader.names if name.endswith(".weight") and reader.layout(name)[0] not in FLOATING
+        name
+        for name, (dtype, shape) in layouts.items()
+        if dtype not in FLOATING and (name.endswith(".weight") or (len(shape) > 1 and dtype not in ("I64", "BOOL")))
     ]
 
 

@@ -17,7 +17,7 @@ its reciprocal in the metadata of the safetensors file, and comes back exact.
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantization_config,
     scale_rule_of,
 )
+from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
-from hf_nvfp4_qat.modules.swap import matches
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.version import __version__
 
@@ -117,13 +117,14 @@ def _modelopt_quantization(config: Mapping[str, Any], *, unpacked: list[str]) ->
             "as it is."
         )
     numbers = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
+    ignore = config.get("ignore") or []
     observer = {name: group["weights"][name] for name in ("observer_kwargs",) if group["weights"].get(name)}
     inputs = {"input_activations": numbers} if group.get("input_activations") else {}
     return {
         "quant_method": QUANT_METHOD,
         "quant_algo": "NVFP4" if inputs else "W4A16_NVFP4",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**numbers, **observer}, **inputs}},
-        "ignore": _spelled_out(config.get("ignore") or [], unpacked, matches),
+        "ignore": _spelled_out(ignore, names_matching(unpacked, ignore)),
         "producer": {"name": "hf_nvfp4_qat", "version": __version__},
         **({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if cache else {}),
     }
@@ -200,9 +201,18 @@ class ModelOptReader(CheckpointReader):
                 f"read; {self.directory} has {algorithm}, group_size {stored.get('group_size', BLOCK_SIZE)}."
             )
         groups = (stored.get("config_groups") or {}).values()
+        for weights in (group.get("weights") or {} for group in groups):
+            if (weights.get("num_bits", 4), weights.get("group_size", BLOCK_SIZE)) != (4, BLOCK_SIZE):
+                raise ValueError(
+                    f"{algorithm} has 4 bits in blocks of {BLOCK_SIZE}; a group in the config of {self.directory} has "
+                    f"{weights.get('num_bits', 4)} in blocks of {weights.get('group_size', BLOCK_SIZE)}. {_AGAIN}"
+                )
         weights_only = bool(groups) and not any(group.get("input_activations") for group in groups)
+        excluded = {
+            layer for layer in unpacked_layers(self) if any(_is_excluded(layer, entry) for entry in stored["ignore"])
+        }
         config["quantization_config"] = quantization_config(
-            _spelled_out(stored["ignore"], unpacked_layers(self), _is_excluded),
+            _spelled_out(stored["ignore"], excluded),
             scale_rule=scale_rule_of(stored),
             quantizes_input=_ALGORITHMS[algorithm] and not weights_only,
         )
@@ -348,11 +358,9 @@ def _is_excluded(layer: str, entry: str) -> bool:
     return fnmatch(layer, entry) or entry in layer
 
 
-def _spelled_out(entries: list[str], unpacked: list[str], is_match: Callable[[str, str], bool]) -> list[str]:
-    """The plain names among `entries`, and the layers that any of them stands for; the dialects' patterns differ."""
-    plain = [entry for entry in entries if "*" not in entry and not entry.startswith("re:")]
-    named = [layer for layer in unpacked if any(is_match(layer, entry) for entry in entries)]
-    return sorted({*plain, *named})
+def _spelled_out(entries: list[str], named: set[str]) -> list[str]:
+    """The plain names among `entries`, and the layers that all of them stand for: the dialects' patterns differ."""
+    return sorted({entry for entry in entries if "*" not in entry and not entry.startswith("re:")} | named)
 
 
 def shift_exact_scales(metadata: Mapping[str, str], exponents: Mapping[str, int]) -> dict[str, str]:

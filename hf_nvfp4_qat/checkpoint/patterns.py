@@ -19,7 +19,10 @@ json.dump([name for name in names if any(pattern.match(name) for pattern in comp
 
 
 def names_matching(names: Iterable[str], patterns: Iterable[str], *, seconds: float = _SECONDS) -> set[str]:
-    """Those of `names` that any of `patterns` names, as ``swap.matches`` decides it.
+    """Those of `names` that any of `patterns` names, as compressed-tensors and vLLM decide it.
+
+    A plain entry is a whole name, and ``re:`` comes before what matches from a name's beginning. (`exclude` is more
+    lenient: there, the last parts of a name do.)
 
     Args:
         names: dotted paths.
@@ -32,8 +35,7 @@ def names_matching(names: Iterable[str], patterns: Iterable[str], *, seconds: fl
     names, patterns = list(names), list(patterns)
     if odd := [pattern for pattern in patterns if not isinstance(pattern, str)]:
         raise ValueError(f"`ignore` lists strings; it has a {type(odd[0]).__name__}. Take it out.")
-    plain = {pattern for pattern in patterns if not pattern.startswith("re:")}
-    found = {name for name in names if not plain.isdisjoint(_endings(name))}
+    found = set(names).intersection(patterns)
     expressions = sorted({pattern[3:] for pattern in patterns if pattern.startswith("re:")})
     if not expressions or not names:
         return found
@@ -58,17 +60,5 @@ def names_matching(names: Iterable[str], patterns: Iterable[str], *, seconds: fl
 
 def patterns_without_match(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """Those of `patterns` that name none of `names`; arguments and errors as for ``names_matching``."""
-    names = list(names)
-    endings = {ending for name in names for ending in _endings(name)}
-    return [
-        pattern
-        for pattern in patterns
-        if not (names_matching(names, [pattern]) if pattern.startswith("re:") else pattern in endings)
-    ]
-
-
-def _endings(name: str) -> set[str]:
-    """The name, and what follows each of its dots: of more dots than any model has, the last ones."""
-    parts = name.split(".")
-    starts = range(max(1, len(parts) - 64), len(parts))
-    return {name, *(".".join(parts[start:]) for start in starts)}
+    names = set(names)
+    return [pattern for pattern in patterns if not names_matching(names, [pattern])]

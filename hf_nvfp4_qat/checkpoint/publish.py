@@ -13,11 +13,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, model_card
+from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, load_card, model_card
 from hf_nvfp4_qat.checkpoint.doctor import examine
-from hf_nvfp4_qat.checkpoint.files import CHAT_TEMPLATES, CONFIG_FILE, HF_QUANT_CONFIG, INDEX_FILE, SINGLE_FILE
+from hf_nvfp4_qat.checkpoint.files import (
+    CARD_FILE,
+    CHAT_TEMPLATES,
+    CONFIG_FILE,
+    HF_QUANT_CONFIG,
+    INDEX_FILE,
+    SINGLE_FILE,
+    read_json_object,
+)
 from hf_nvfp4_qat.checkpoint.findings import printable
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
 from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, save_nvfp4
@@ -27,13 +42,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CARD_FILE = "README.md"
 _BESIDE_WEIGHTS = re.compile(
     r"((generation|(video_)?(pre)?processor|tokenizer)_config|tokenizer|special_tokens_map|added_tokens|vocab|tekken"
-    r"|chat_template)\.json|(merges|vocab)\.txt|[\w.-]+\.(jinja|model|tiktoken)"
+    r"|chat_template)\.json|(merges|vocab)\.txt|[\w.-]+\.(jinja|model|tiktoken|spm|bpe|codes)"
     r"|(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)[\w.-]*"
 )
 """What belongs to a checkpoint besides its weights, config.json and code."""
+_NAMING_CODE = (CONFIG_FILE, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -62,7 +77,7 @@ def publish_checkpoint(
         repo_id: created if missing.
         files: names in `directory` to publish, of a checkpoint that was just written; None examines the checkpoint
             with ``doctor`` and publishes what belongs to one: the weights that are loaded, configs, tokenizer,
-            license, and code if config.json names some. What is left out is logged.
+            license, and code if a config names some. What is left out is logged.
         private: of a repository that is created.
         revision: branch to commit to; created if missing.
         create_pr: open a pull request instead of committing to the branch.
@@ -74,7 +89,7 @@ def publish_checkpoint(
         What huggingface_hub says of the commit.
 
     Raises:
-        ValueError: the checkpoint has errors, or the Hub refuses the token.
+        ValueError: the checkpoint has errors, the Hub refuses the token or breaks off, or a card cannot be read.
         HfHubHTTPError: any other trouble with the Hub. The repository is as it was, if it existed.
     """
     directory = Path(directory)
@@ -83,9 +98,9 @@ def publish_checkpoint(
         files = _published_files(directory)
     api = HfApi(token=token)
     try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        # Whatever can fail here comes before anything is made there.
         card = model_card(
             directory,
             repo_id=repo_id,
@@ -96,23 +111,31 @@ def publish_checkpoint(
             tags=tags,
             existing=_existing_card(api, directory, repo_id, revision),
         )
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         stale = [
             name
             for name in api.list_repo_files(repo_id, revision=revision)
             if name not in files and (_WEIGHTS.fullmatch(name) or name == HF_QUANT_CONFIG)
         ]
-        return api.create_commit(
-            repo_id,
-            operations=[
-                *(CommitOperationAdd(name, directory / name) for name in files if name != CARD_FILE),
-                CommitOperationAdd(CARD_FILE, card.content.encode()),
-                *(CommitOperationDelete(name) for name in stale),
-            ],
-            commit_message=commit_message or "Upload NVFP4 checkpoint",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        operations = [
+            *(CommitOperationAdd(name, directory / name) for name in files if name != CARD_FILE),
+            CommitOperationAdd(CARD_FILE, card.content.encode()),
+            *(CommitOperationDelete(name) for name in stale),
+        ]
+        try:
+            return api.create_commit(
+                repo_id,
+                operations=operations,
+                commit_message=commit_message or "Upload NVFP4 checkpoint",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except RuntimeError as error:  # what huggingface_hub makes of a file that could not be sent
+            reason = f"{error} {error.__cause__ or ''}".strip()
+            raise ValueError(f"An upload failed ({reason}). Nothing was committed: try again.") from error
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status not in (401, 403):
@@ -121,7 +144,7 @@ def publish_checkpoint(
             f"The Hub does not let this token write to {repo_id} (HTTP {status}). Log in with `hf auth login`, or set "
             "HF_TOKEN to a token with write access."
         ) from error
-    except HTTPError as error:  # of whichever HTTP library this huggingface_hub stands on
+    except (HTTPError, LocalEntryNotFoundError) as error:  # of whichever HTTP library this huggingface_hub stands on
         raise ValueError(f"The Hub cannot be reached ({error}). Nothing was committed: try again.") from error
 
 
@@ -146,7 +169,9 @@ def _published_files(directory: Path) -> list[str]:
     weights = set(reader.file_of.values())
     wanted = {CONFIG_FILE, *weights, *([HF_QUANT_CONFIG] if isinstance(reader, ModelOptReader) else [])}
     wanted |= {INDEX_FILE} - ({INDEX_FILE} if SINGLE_FILE in weights else set())
-    has_code = "auto_map" in reader.config()
+    has_code = any(
+        "auto_map" in read_json_object(directory / name) for name in _NAMING_CODE if (directory / name).is_file()
+    )
     files, others = [], []
     for path in sorted(directory.iterdir()):
         is_code = has_code and path.suffix == ".py"
@@ -164,10 +189,15 @@ def _published_files(directory: Path) -> list[str]:
 def _existing_card(api: HfApi, directory: Path, repo_id: str, revision: str | None) -> ModelCard | None:
     """The repository's, or else the one beside the weights."""
     try:
-        return ModelCard.load(api.hf_hub_download(repo_id, CARD_FILE, revision=revision), ignore_metadata_errors=True)
+        return load_card(api.hf_hub_download(repo_id, CARD_FILE, revision=revision))
+    except RevisionNotFoundError:
+        # The branch will be made of the main one.
+        return None if revision is None else _existing_card(api, directory, repo_id, None)
+    except LocalEntryNotFoundError:
+        raise  # lost connections are not missing cards
     except (EntryNotFoundError, RepositoryNotFoundError):
         path = directory / CARD_FILE
-        return ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
+        return load_card(path) if path.is_file() else None
 
 
 def publish_saved(

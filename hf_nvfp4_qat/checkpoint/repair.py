@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_nvfp4_qat.checkpoint.checks import TEXT_CONFIGS
 from hf_nvfp4_qat.checkpoint.doctor import Examination, look_at
 from hf_nvfp4_qat.checkpoint.files import (
     CONFIG_FILE,
@@ -45,7 +46,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_match
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
 from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.fused_groups import always_fused_key
 from hf_nvfp4_qat.modules.swap import reason_by_name
 
 _RESCALED = ("unshared-scale", "subnormal-block-scale")
@@ -114,10 +115,10 @@ def _plan(examination: Examination) -> _Plan:
     fixable = [finding for finding in examination.findings if finding.fixable]
     plan = _Plan(rules={finding.rule for finding in fixable})
     plan.decoded = _places(fixable, _DECODED)
-    groups = {fused_group_key(layer) for layer in _places(fixable, _RESCALED)}
+    groups = {always_fused_key(layer) for layer in _places(fixable, _RESCALED)}
     members: dict[str, dict[str, ScaleFacts]] = {}
     for layer in examination.readable:
-        if (key := fused_group_key(layer)) in groups and layer not in plan.decoded:
+        if (key := always_fused_key(layer)) in groups and layer not in plan.decoded:
             members.setdefault(key, {})[layer] = scale_facts(from_checkpoint(layer, examination.reader.get_tensor))
     for facts in members.values():
         plan.exponents |= shared_exponents(facts) or {}
@@ -193,7 +194,9 @@ def _configs(examination: Examination, plan: _Plan) -> tuple[dict[str, dict[str,
         quantization["quantization_status"] = "compressed"
         done.append("quantization_status set to 'compressed'")
     if "dtype-float32" in plan.rules:
-        config["dtype" if "dtype" in config else "torch_dtype"] = "bfloat16"
+        for part in (config, *(config.get(name) for name in TEXT_CONFIGS)):
+            if isinstance(part, dict):
+                part.update({key: "bfloat16" for key in ("dtype", "torch_dtype") if part.get(key) == "float32"})
         done.append("dtype set to bfloat16")
     legacy = _legacy_config(contents.directory) if isinstance(examination.reader, ModelOptReader) else None
     if "ignore-mismatch" in plan.rules or any(reason_by_name(layer) for layer in plan.decoded):
@@ -239,7 +242,7 @@ def _ignore(examination: Examination, plan: _Plan) -> list[str]:
     """The entries that name no packed layer, and the names of all that are not packed, in both namings."""
     reader = examination.reader
     names = {name for name in reader.names if reader.layout(name)[0] in FLOATING}
-    linears = {} if examination.model is None else linear_weights(examination.model)
+    linears = {} if examination.model is None else linear_weights(examination.model, reader.names)
     packed = set(examination.layers) - set(plan.decoded)
     paths = {*packed, *(path for name, path in linears.items() if layer_of(name) in packed)}
     entries = (examination.config or {}).get("quantization_config", {}).get("ignore") or []

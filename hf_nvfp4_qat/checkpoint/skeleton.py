@@ -1,5 +1,7 @@
 """The architecture of a checkpoint without its weights: a model on the meta device, made from config.json."""
 
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, read_json_object
-from hf_nvfp4_qat.checkpoint.stream import checkpoint_entries, unique_weights
+from hf_nvfp4_qat.checkpoint.names import quantized_layers
+from hf_nvfp4_qat.checkpoint.stream import CheckpointEntry, checkpoint_entries, unique_weights
+
+_OF_AN_EXPERT = re.compile(r"(?<=\.experts)\.[0-9]+\..+$")
 
 
 class CannotBuildError(ValueError):
@@ -65,6 +70,8 @@ def skeleton(directory: Path) -> PreTrainedModel:
             raise CannotBuildError(str(error)) from error
         raise
     architecture = model_class(config)
+    # A name here may be that of code on the Hub, or of a package that is not installed; nothing is computed anyway.
+    config._attn_implementation = config._experts_implementation = "eager"
     try:
         with torch.device("meta"):
             return architecture(config)
@@ -75,21 +82,36 @@ def skeleton(directory: Path) -> PreTrainedModel:
         ) from error
 
 
-def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
-    """Checkpoint name to module name of every saved tensor that is a weight, or a part of fused experts."""
-    entries = checkpoint_entries(model, unique_weights(model, model.state_dict()))
+def checkpoint_names(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str]:
+    """Checkpoint name to module name of every saved tensor that is a weight, or a part of fused experts.
+
+    Args:
+        model: on the meta device or not.
+        stored: names of the tensors in its checkpoint. Loaders read a weight under its module name too, and what is
+            stored so has that name here.
+    """
+    entries = _entries(model, stored)
     return {name: entry.module_name for name, entry in entries.items() if entry.module_name is not None}
 
 
-def checkpoint_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Checkpoint name to shape of every tensor an unquantized checkpoint of `model` has."""
-    entries = checkpoint_entries(model, unique_weights(model, model.state_dict()))
-    return {name: entry.shape for name, entry in entries.items()}
+def checkpoint_shapes(model: PreTrainedModel, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Checkpoint name to shape of every tensor an unquantized checkpoint has; arguments as for ``checkpoint_names``."""
+    return {name: entry.shape for name, entry in _entries(model, stored).items()}
 
 
-def linear_weights(model: PreTrainedModel) -> dict[str, str]:
-    """Checkpoint name of each linear's weight to the module path of the linear."""
+def linear_weights(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str]:
+    """Checkpoint name of each linear's weight to its module path; arguments as for ``checkpoint_names``."""
     linears = {f"{name}.weight": name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {
-        name: linears[module_name] for name, module_name in checkpoint_names(model).items() if module_name in linears
-    }
+    names = checkpoint_names(model, stored)
+    return {name: linears[module_name] for name, module_name in names.items() if module_name in linears}
+
+
+def _entries(model: PreTrainedModel, stored: Collection[str]) -> dict[str, CheckpointEntry]:
+    known = {*stored, *(f"{layer}.weight" for layer in quantized_layers(list(stored)))}
+    found = {}
+    for name, entry in checkpoint_entries(model, unique_weights(model, model.state_dict())).items():
+        other = entry.module_name or name
+        if part := _OF_AN_EXPERT.search(name):
+            other = f"{other.rpartition('.')[0]}{part[0]}"
+        found[other if other in known and name not in known else name] = entry
+    return found

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 
-from hf_nvfp4_qat.checkpoint.card import model_card
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, read_json_object
+from hf_nvfp4_qat.checkpoint.card import load_card, model_card
+from hf_nvfp4_qat.checkpoint.files import CARD_FILE, CONFIG_FILE, read_json_object
 from hf_nvfp4_qat.checkpoint.names import is_nvfp4_config
-from hf_nvfp4_qat.checkpoint.publish import CARD_FILE
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.modules.swap import qat_weights
 
@@ -131,7 +129,7 @@ class QADTrainer(Trainer):
         directory = Path(self.args.output_dir)
         if self.is_world_process_zero() and (directory / CONFIG_FILE).is_file():
             if is_nvfp4_config(read_json_object(directory / CONFIG_FILE).get("quantization_config")):
-                card = ModelCard.load(directory / CARD_FILE, ignore_metadata_errors=True)
+                card = load_card(directory / CARD_FILE)
                 model_card(directory, repo_id=self.hub_model_id or "", existing=card).save(directory / CARD_FILE)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

@@ -51,6 +51,13 @@ def fused_group_key(module_path: str) -> str:
     return module_path if group is None else f"{parent}.{group.name}".lstrip(".")
 
 
+def always_fused_key(module_path: str) -> str:
+    """``fused_group_key`` where every architecture fuses a layer; else the path itself."""
+    local_name = module_path.rpartition(".")[2]
+    is_optional = local_name in _GROUP_OF and local_name in _GROUP_OF[local_name].optional
+    return module_path if is_optional else fused_group_key(module_path)
+
+
 def split_fused_groups(quantized: set[str], candidates: set[str]) -> dict[str, tuple[list[str], list[str]]]:
     """Fused groups of which only a part is quantized; vLLM refuses to load them.
 
@@ -63,7 +70,6 @@ def split_fused_groups(quantized: set[str], candidates: set[str]) -> dict[str, t
     """
     groups: dict[str, tuple[list[str], list[str]]] = {}
     for path in sorted(candidates):
-        local_name = path.rpartition(".")[2]
-        if local_name in _GROUP_OF and local_name not in _GROUP_OF[local_name].optional:
-            groups.setdefault(fused_group_key(path), ([], []))[path not in quantized].append(path)
+        if (key := always_fused_key(path)) != path:
+            groups.setdefault(key, ([], []))[path not in quantized].append(path)
     return {key: members for key, members in groups.items() if members[0] and members[1]}

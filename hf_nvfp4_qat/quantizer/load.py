@@ -50,7 +50,7 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     model, reader = load_decoded(path, **kwargs)
     packed = set(quantized_layers(reader.names))
     layers_of: dict[str, list[str]] = {}
-    for name, module_name in checkpoint_names(model).items():
+    for name, module_name in checkpoint_names(model, reader.names).items():
         layers_of.setdefault(module_name, []).append(layer_of(name))
     if config is None:
         stored = reader.config()["quantization_config"]

@@ -11,21 +11,22 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import load_qat, tiny_llama, tiny_moe, tiny_qwen3, tiny_qwen3_moe, tokens
+from conftest import SIZES, load_qat, tiny_llama, tiny_moe, tiny_qwen3, tiny_qwen3_moe, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, load_nvfp4, quantize_nvfp4, save_nvfp4, verify_nvfp4
-from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint
+from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, quantize_checkpoint
 from hf_nvfp4_qat.checkpoint.doctor import Diagnosis, examine
 from hf_nvfp4_qat.checkpoint.findings import ENGINES, RULES, SEVERITIES, fold, found, printable
 from hf_nvfp4_qat.checkpoint.names import from_checkpoint, quantized_layers, to_checkpoint
 from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_match
 from hf_nvfp4_qat.checkpoint.repair import repair
+from hf_nvfp4_qat.checkpoint.skeleton import skeleton
 from hf_nvfp4_qat.cli import app
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -301,6 +302,10 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     ),
     "another format": ("ours", quantization(format="pack-quantized"), "other-format", "config.json", False),
     "another algorithm": ("modelopt", quantization(quant_algo="FP8"), "other-format", "config.json", False),
+    "blocks of another size, there": (
+        "modelopt", group(weights={"num_bits": 4, "type": "float", "group_size": 32}), "other-format", "config.json",
+        False,
+    ),
     "a field of another type": ("ours", quantization(ignore=5), "bad-config", "config.json", False),
     "a pattern that is none": ("ours", quantization(ignore=["re:("]), "bad-config", "config.json", False),
     "no model type": ("ours", edited("config.json", lambda c: c.pop("model_type")), "bad-config", "config.json", False),
@@ -323,6 +328,10 @@ FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
     "float32 that is stored so": (
         "ours", all_of(config(dtype="float32"), tensor("model.norm.weight", lambda t: t.float())), "dtype-float32",
         "config.json", False,
+    ),
+    "an unpacked layer ignored by the end of its name": (
+        "ours", all_of(changed(lambda tensors: unpack(tensors, DOWN)), quantization(ignore=["down_proj"])),
+        "ignore-mismatch", DOWN, True,
     ),
     "a packed layer ignored": ("ours", quantization(ignore=["lm_head", UP]), "ignore-mismatch", UP, True),
     "packed layers ignored by a pattern": (
@@ -783,9 +792,117 @@ def test_patterns_that_would_match_for_ever_are_stopped(healthy, tmp_path):
     with pytest.raises(ValueError, match="must match in 0.5 seconds"):
         names_matching(["a" * 40 + "!"], ["re:(a+)+$"], seconds=0.5)
     names = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"]
-    patterns = ["mlp.gate", "re:.*head$", "layers", "re:gate"]
+    patterns = ["model.layers.0.mlp.gate", "re:.*head$", "mlp.gate", "re:gate"]
     assert names_matching(names, patterns) == {"lm_head", "model.layers.0.mlp.gate"}
-    assert patterns_without_match(names, patterns) == ["layers", "re:gate"]
+    assert patterns_without_match(names, patterns) == ["mlp.gate", "re:gate"]
+
+
+@pytest.fixture(scope="module")
+def vision_language(tmp_path_factory) -> Path:
+    """A packed Qwen2.5-VL under the names that published ones have: model.layers, visual.blocks."""
+    root = tmp_path_factory.mktemp("vision_language")
+    text = {**SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}}
+    vision = {"hidden_size": 64, "intermediate_size": 128, "depth": 1, "num_heads": 4, "out_hidden_size": 64}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    transformers.Qwen2_5_VLForConditionalGeneration(config).bfloat16().save_pretrained(root / "source")
+    quantize_checkpoint(root / "source", root / "packed")
+    return root / "packed"
+
+
+def under_module_names(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        new = name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else f"model.{name}"
+        tensors[new if not name.startswith("lm_head") else name] = tensors.pop(name)
+
+
+def test_weights_may_have_the_names_of_modules(vision_language, tmp_path):
+    path = Path(shutil.copytree(vision_language, tmp_path / "copy"))
+    assert examine(path).ok, str(examine(path))
+    changed(under_module_names)(path)
+    quantization(ignore=["lm_head", "re:model.visual.*"])(path)
+    assert examine(path).ok, str(examine(path))
+    assert verify_nvfp4(path).ok
+    assert load_nvfp4(path).nvfp4_requantization.num_elements > 0
+    dropped("model.language_model.norm.weight")(path)
+    finding_of(examine(path), "missing-tensor", "model.norm.weight")
+
+
+def test_plain_module_names_in_ignore_are_translated_by_engines_and_patterns_are_not(vision_language, tmp_path):
+    path = Path(shutil.copytree(vision_language, tmp_path / "copy"))
+    ignore = json.loads((path / "config.json").read_text())["quantization_config"]["ignore"]
+    quantization(ignore=[entry for entry in ignore if not entry.startswith("visual")])(path)
+    assert examine(path).ok, str(examine(path))
+    quantization(ignore=["lm_head", "re:model.visual.*"])(path)
+    finding_of(examine(path), "ignore-mismatch", "visual.blocks.0")
+
+
+def test_float32_in_the_part_for_the_language_model_is_found_and_mended(vision_language, tmp_path):
+    path = Path(shutil.copytree(vision_language, tmp_path / "copy"))
+    edited("config.json", lambda c: c.pop("dtype") and c["text_config"].update(dtype="float32"))(path)
+    assert finding_of(examine(path), "dtype-float32", "config.json").fixable
+    assert repair(path) == ["dtype set to bfloat16"] and examine(path).ok
+
+
+def test_there_and_back_gives_the_same_config_of_a_vision_language_model(vision_language, tmp_path):
+    convert_checkpoint(vision_language, tmp_path / "there", "modelopt")
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", "compressed-tensors")
+    assert bytes_of(tmp_path / "back") == bytes_of(vision_language)
+
+
+def test_experts_packed_in_one_tensor_are_said_not_to_be_examined_and_not_converted(tmp_path):
+    text = {**SIZES, "num_local_experts": 2, "intermediate_size_mlp": 128, "interleave_moe_layer_step": 1}
+    model_config = transformers.Llama4TextConfig(**text)
+    transformers.Llama4ForCausalLM(model_config).bfloat16().save_pretrained(tmp_path / "llama4")
+    path = tmp_path / "llama4"
+
+    def pack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                experts, columns, rows = tensors[name].shape
+                tensors[name] = torch.zeros(experts, columns // 2, rows, dtype=torch.uint8)
+                tensors[f"{name}_weight_scale"] = torch.ones(experts, columns // 16, rows).to(torch.float8_e4m3fn)
+                tensors[f"{name}_weight_scale_2"] = torch.ones(())
+            elif "shared_expert." in name:
+                layer, weight = name.removesuffix(".weight"), quantize_nvfp4(tensors[name])
+                tensors[name], tensors[f"{layer}.weight_scale"] = weight.packed, weight.block_scale
+                tensors[f"{layer}.weight_scale_2"] = torch.tensor(2.0**-10)
+
+    changed(pack)(path)
+    config(quantization_config={
+        "quant_method": "modelopt", "quant_algo": "W4A16_NVFP4", "ignore": ["*router*", "*self_attn*", "lm_head"],
+    })(path)  # fmt: skip
+    diagnosis = examine(path)
+    assert diagnosis.ok, str(diagnosis)
+    assert finding_of(diagnosis, "fused-experts", "experts.down_proj").count == 4
+    with pytest.raises(ValueError, match="4 tensors in other formats|8 tensors in other formats"):
+        convert_checkpoint(path, tmp_path / "there", "compressed-tensors")
+
+
+def test_code_for_attention_that_a_config_names_is_not_asked_for(healthy, tmp_path):
+    for name in ("flash_attention_2", "somebody/kernels"):
+        path = copy_of(healthy, "ours", tmp_path / name.replace("/", " "))
+        config(_attn_implementation=name, _experts_implementation=name)(path)
+        assert examine(path).ok, str(examine(path))
+        assert skeleton(path).config._attn_implementation == "eager"
+
+
+def test_a_router_packed_keeps_what_lies_beside_its_weight(tmp_path):
+    path = tmp_path / "packed"
+    tiny_moe("deepseek_v3").bfloat16().save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", path)
+    packed_instead("model.layers.1.mlp.gate")(path)
+    assert [finding.rule for finding in examine(path).findings if finding.severity == "error"] == ["quantized-router"]
+
+
+def test_a_layer_of_zeros_is_a_note(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    all_of(tensor(f"{DOWN}.weight_packed", torch.zeros_like), tensor(f"{DOWN}.weight_scale", torch.zeros_like))(path)
+    assert examine(path).ok and finding_of(examine(path), "all-zero", DOWN)
+
+
+def test_layers_that_only_some_architectures_fuse_may_have_scales_of_their_own():
+    assert fused_group_key("a.g_proj") == fused_group_key("a.q_proj")
+    assert always_fused_key("a.g_proj") == "a.g_proj" and always_fused_key("a.q_proj") == fused_group_key("a.q_proj")
 
 
 def test_layers_that_no_group_names_need_not_be_ignored(healthy, tmp_path):
@@ -824,10 +941,17 @@ def test_a_config_that_hides_other_formats_is_refused_by_all_that_decode(healthy
     changed(lambda tensors: in_fp8(tensors, DOWN))(path)
     for command in ("dequantize", "convert"):
         result = CliRunner().invoke(app, [command, str(path), str(tmp_path / "new")])
-        assert result.exit_code == 2 and f"the first {DOWN} in F8_E4M3" in " ".join(result.output.split())
+        assert result.exit_code == 2 and f"the first {DOWN}.weight in F8_E4M3" in " ".join(result.output.split())
         assert not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="Layers that are not NVFP4 must be unquantized"):
+    with pytest.raises(ValueError, match="What is not NVFP4 must be unquantized"):
         load_nvfp4(path)
+
+
+def test_a_layer_in_both_forms_is_not_converted_to_one_of_them(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    changed(lambda tensors: tensors.update({f"{UP}.weight": torch.ones(128, 64)}))(path)
+    with pytest.raises(ValueError, match=f"has 1 in both forms, the first {UP}"):
+        convert_checkpoint(path, tmp_path / "there", "modelopt")
 
 
 def test_layers_with_nvfp4_inputs_may_stand_beside_others(healthy, tmp_path):

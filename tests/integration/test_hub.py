@@ -196,6 +196,42 @@ def test_a_connection_that_is_lost_is_one_readable_line(packed, tmp_path):
 
 
 @pytest.mark.slow
+def test_an_upload_that_fails_is_one_readable_line(packed, tmp_path):
+    with FakeHub() as hub:
+        hub.trouble = [("PUT /lfs/", 403)] * 8
+        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, fails=True)
+        assert "Traceback" not in error and "An upload failed" in error and hub.repos[REPO] == {}
+
+
+@pytest.mark.slow
+def test_a_card_that_cannot_be_fetched_is_not_replaced(packed, tmp_path):
+    with FakeHub() as hub:
+        hub.repos[REPO] = {"README.md": b"# My words\n"}
+        hub.trouble = [("/resolve/main/README.md", 0)] * 8
+        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, fails=True)
+        assert "Traceback" not in error and "cannot be reached" in error
+        assert hub.repos[REPO] == {"README.md": b"# My words\n"} and not hub.commits
+
+
+@pytest.mark.slow
+def test_what_cannot_be_measured_or_read_makes_nothing_on_the_hub(packed, tmp_path):
+    with FakeHub() as hub:
+        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, "--original", tmp_path / "nowhere", fails=True)
+        assert "Traceback" not in error and not hub.repos
+        shutil.copytree(packed, tmp_path / "copy")
+        (tmp_path / "copy" / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+        error = run_online(CLI, hub, tmp_path, "push", tmp_path / "copy", REPO, "--revision", "trial", fails=True)
+        assert "Traceback" not in error and "A model card begins with YAML" in error and not hub.repos
+
+
+@pytest.mark.slow
+def test_a_name_without_an_owner_is_the_users(packed, tmp_path):
+    with FakeHub() as hub:
+        run_online(CLI, hub, tmp_path, "push", packed, "tiny-NVFP4")
+        assert f"vllm serve {REPO}" in hub.repos[REPO]["README.md"].decode()
+
+
+@pytest.mark.slow
 def test_a_failed_commit_publishes_nothing_and_the_next_push_sends_no_weights_again(packed, tmp_path):
     with FakeHub() as hub:
         hub.trouble = [("/commit/", 500)]
