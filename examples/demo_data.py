@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+from hf_nvfp4_qat.distillation.text import sequences
+
 SEQUENCE_LENGTH = 512
 NUM_HELD_OUT_DOCUMENTS = 40
 
@@ -41,13 +43,6 @@ def prepare_model(directory: Path) -> Path:
     return unfinished.rename(directory)
 
 
-def _sequences(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
-    """Documents, end to end, cut into int64 ``[num_sequences, 512]``."""
-    tokens = [token for document in documents for token in (*tokenizer(document).input_ids, tokenizer.eos_token_id)]
-    num_sequences = len(tokens) // SEQUENCE_LENGTH
-    return torch.tensor(tokens[: num_sequences * SEQUENCE_LENGTH]).view(num_sequences, SEQUENCE_LENGTH)
-
-
 def load_text(tokenizer: PreTrainedTokenizerBase, *, num_train: int, num_eval: int) -> dict[str, torch.Tensor]:
     """Token sequences of 512: "train", "held_out" (unseen documents of the same set) and "out_of_domain"."""
     data = _package_directory("reasoning_gym") / "data"
@@ -61,7 +56,7 @@ def load_text(tokenizer: PreTrainedTokenizerBase, *, num_train: int, num_eval: i
     held_out, train = documents[:NUM_HELD_OUT_DOCUMENTS], documents[NUM_HELD_OUT_DOCUMENTS:]
     verne = (data / "in_the_year_2889.txt").read_text(encoding="utf-8")
     return {
-        "train": _sequences(tokenizer, train[:num_train])[:num_train],
-        "held_out": _sequences(tokenizer, held_out)[:num_eval],
-        "out_of_domain": _sequences(tokenizer, [verne])[: num_eval // 2],
+        "train": sequences(tokenizer, train[:num_train], SEQUENCE_LENGTH)[:num_train],
+        "held_out": sequences(tokenizer, held_out, SEQUENCE_LENGTH)[:num_eval],
+        "out_of_domain": sequences(tokenizer, [verne], SEQUENCE_LENGTH)[: num_eval // 2],
     }

@@ -1,6 +1,7 @@
 """The command line: `nvfp4-qat --help` lists the commands."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,8 @@ def _progress_bar() -> Iterator:
 def _refuse_occupied(destination: Path, overwrite: bool) -> None:
     from hf_nvfp4_qat.checkpoint.files import PARTIAL_SUFFIX
 
+    if destination.exists() and not destination.is_dir():
+        raise ValueError(f"A checkpoint is a directory; {destination} is a file. Choose another name.")
     if destination.is_dir() and not overwrite:
         kept = [path for path in destination.iterdir() if path.suffix != PARTIAL_SUFFIX]
         if kept:
@@ -82,6 +85,17 @@ def _refuse_occupied(destination: Path, overwrite: bool) -> None:
                 f"The destination must be empty, so that nothing is lost; {destination} holds {len(kept)} files. "
                 "Choose another, or add --overwrite."
             )
+
+
+def _json(path: Path, kind: type, what: str) -> Any:
+    """The content of a JSON file that must hold `what`, a Python `kind`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise ValueError(f"{path} is not JSON: {error}. Write {what}.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} must hold {what}, as JSON; it holds a {type(content).__name__}.")
+    return content
 
 
 def _config(
@@ -96,12 +110,7 @@ def _config(
     """The options that several commands share, as an ``NVFP4QATConfig``."""
     from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
-    listed = []
-    if exclude_from is not None:
-        try:
-            listed = json.loads(exclude_from.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--exclude-from takes a JSON list of modules; {exclude_from}: {error}.") from error
+    listed = [] if exclude_from is None else _json(exclude_from, list, "a list of modules")
     return NVFP4QATConfig(
         preset=preset,
         exclude=(*(exclude or ()), *listed),
@@ -207,7 +216,12 @@ def distill(
     table.add_row("quantized", f"{result.before:.4f}", f"{result.kl_before:.4f}")
     table.add_row("distilled", f"{result.after:.4f}", f"{result.kl_after:.4f}")
     console.print(table)
-    console.print(f"{result.recovered:.0%} of what NVFP4 cost came back; packed to {destination}", soft_wrap=True)
+    came_back = (
+        "on this text NVFP4 had cost nothing"
+        if math.isnan(result.recovered)
+        else f"{result.recovered:.0%} of what NVFP4 cost came back"
+    )
+    console.print(f"{came_back}; packed to {destination}", soft_wrap=True)
 
 
 @app.command()
@@ -229,6 +243,8 @@ def sensitivity(
         from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
         config = NVFP4QATConfig(scale_rule=scale_rule)
+        if output is not None and not output.parent.is_dir():
+            raise ValueError(f"--output writes into a directory that is there; {output.parent} is not.")
         ranked = measure(
             source,
             text,
@@ -311,19 +327,9 @@ def push(
             commit_message=message or None,
             base_model=base_model or None,
             original=original or None,
-            evaluation=None if evaluation is None else _json_object(evaluation),
+            evaluation=None if evaluation is None else _json(evaluation, dict, "an object of names and results"),
         )
     console.print(f"Published: {commit.pr_url or commit.commit_url}", soft_wrap=True)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is not JSON: {error}. Write an object of names and results.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object of names and results; it holds a {type(content).__name__}.")
-    return content
 
 
 @app.command()

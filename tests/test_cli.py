@@ -140,7 +140,7 @@ def test_inspect_draws_a_plot(qwen3_dir, tmp_path):
     [
         (("quantize", "{missing}", "{out}"), "is neither"),
         (("quantize", "{empty}", "{out}"), "holds neither"),
-        (("quantize", "{packed}", "{out}"), "says compressed-tensors in config.json"),
+        (("quantize", "{packed}", "{out}"), "says compressed-tensors in its config"),
         (("quantize", "{source}", "{occupied}"), "must be empty"),
         (("quantize", "{source}", "{out}", "--preset", "half"), "`preset` is one of full, ffn_only; got 'half'"),
         (("quantize", "{source}", "{out}", "--exclude", "nothing"), "name none of"),

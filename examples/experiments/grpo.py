@@ -5,7 +5,8 @@
 
 Each run is a process of its own: GRPO (TRL, vLLM in the training process) from the same warmed-up model, with fp32
 masters and bf16 autocast. Logged per step: reward, mismatch KL between sampler and trainer, entropy, completion
-length. At the end the engine, which has the weights that are served, answers held-out problems greedily.
+length. At the end the engine, which has the weights that are served, greedily answers problems that no run was trained
+on.
 """
 
 import csv
@@ -39,18 +40,48 @@ LOGGED = {
     "seconds": "step_time",
 }
 COLUMNS = ["kind", "seed", "step", *LOGGED]
+SCORES = ["kind", "seed", "score", "kl_before", "kl_after"]
+"""The divergences: from the warmed-up model, before and after distillation, at tokens of the answer."""
+# reasoning-gym makes the n-th problem of a set from the number seed + n: seeds that lie close give the same problems.
+APART = 10**6
+WARM_UP, UNSEEN, SCORED = 100 * APART, 200 * APART, 300 * APART
 
 
-def problems(task: dict, size: int, seed: int) -> list[dict]:
-    """Chat prompts with their answers."""
+def problems(task: dict, size: int, seed: int, *, without: set[str] | None = None) -> list[dict]:
+    """Chat prompts with their answers; to measure with, none twice and none whose prompt is one of `without`."""
     import reasoning_gym
     from grpo_qat_vllm import INSTRUCTION
 
     options = {name: value for name, value in task.items() if name != "name"}
-    return [
-        {"prompt": [{"role": "user", "content": f"{entry['question']}\n{INSTRUCTION}"}], "answer": entry["answer"]}
-        for entry in reasoning_gym.create_dataset(task["name"], size=size, seed=seed, **options)
-    ]
+    found: list[dict] = []
+    known = set(without or ())
+    for entry in reasoning_gym.create_dataset(
+        task["name"], size=size if without is None else APART, seed=seed, **options
+    ):
+        prompt = f"{entry['question']}\n{INSTRUCTION}"
+        if without is None or prompt not in known:
+            known.add(prompt)
+            found.append({"prompt": [{"role": "user", "content": prompt}], "answer": entry["answer"]})
+        if len(found) == size:
+            return found
+    raise ValueError(f"The task {task} has {len(found)} problems that are new, not {size}.")
+
+
+def problems_of_steps(settings: dict, stage: str, seed: int) -> list[dict]:
+    """Those of a stage, "warm_up", "distillation" or "training": each is seen once."""
+    options = settings[stage]
+    size = options.get("batch_size") or options["per_device_train_batch_size"] // options.get("num_generations", 1)
+    return problems(settings["task"], options["max_steps"] * size, WARM_UP if stage != "training" else APART * seed)
+
+
+def trained_on(settings: dict) -> set[str]:
+    """Prompts that any run of any seed is trained on."""
+    stages = [("warm_up", 0), ("distillation", 0), *(("training", seed) for seed in settings["seeds"])]
+    return {
+        example["prompt"][0]["content"]
+        for stage, seed in stages
+        for example in problems_of_steps(settings, stage, seed)
+    }
 
 
 def spell(tokenizer, example: dict) -> tuple[list[int], list[int]]:
@@ -79,8 +110,8 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
         return pad(rows, True, tokenizer.eos_token_id).to(device), pad(labels, True, -100).to(device)
 
     size = options["batch_size"]
-    examples = problems(settings["task"], options["max_steps"] * size, seed=1000)
-    unseen, answers = encode(problems(settings["task"], options["unseen"], seed=1001))
+    examples = problems_of_steps(settings, "warm_up", 0)
+    unseen, answers = encode(problems(settings["task"], options["unseen"], UNSEEN, without=trained_on(settings)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
     for step in range(options["max_steps"]):
         if step % options["check_every"] == 0:
@@ -101,8 +132,12 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def distil(model, tokenizer, settings: dict, seed: int, output: Path) -> None:
-    """Train a model's NVFP4 form toward the model it was made of, on the problems of the warm-up."""
+def distil(model, tokenizer, settings: dict, seed: int, output: Path) -> dict[str, float]:
+    """Train a model's NVFP4 form toward the model it was made of, on problems as those of the warm-up.
+
+    Returns:
+        Its divergence before and after, on problems that no run is trained on.
+    """
     from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
     from hf_nvfp4_qat import QADTrainer
@@ -111,16 +146,22 @@ def distil(model, tokenizer, settings: dict, seed: int, output: Path) -> None:
     options = {"output_dir": str(output / "training"), "seed": seed, "bf16": on_gpu, "use_cpu": not on_gpu,
                "report_to": [], "save_strategy": "no", "disable_tqdm": True, **settings["distillation"]}  # fmt: skip
     tokenizer.pad_token = tokenizer.eos_token  # not counted: labels of padding are -100
-    size = options["max_steps"] * options["per_device_train_batch_size"]
-    spelled = [spell(tokenizer, example) for example in problems(settings["task"], size, seed=1000)]
-    QADTrainer(
+
+    def rows(examples: list[dict]) -> list[dict]:
+        spelled = [spell(tokenizer, example) for example in examples]
+        return [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in spelled]
+
+    unseen = problems(settings["task"], settings["warm_up"]["unseen"], UNSEEN, without=trained_on(settings))
+    trainer = QADTrainer(
         model,
         TrainingArguments(**options),
-        train_dataset=[
-            {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in spelled
-        ],
+        train_dataset=rows(problems_of_steps(settings, "distillation", seed)),
+        eval_dataset=rows(unseen),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-    ).train()
+    )
+    before = trainer.evaluate()["eval_kl"]
+    trainer.train()
+    return {"kl_before": before, "kl_after": trainer.evaluate()["eval_kl"]}
 
 
 def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None:
@@ -149,9 +190,7 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
                 # What one gets from quantizing the rollouts alone: the trainer computes with other weights.
                 layer.forward = MethodType(torch.nn.Linear.forward, layer)
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
-    if options.get("distil"):
-        distil(model, tokenizer, settings, seed, output)
-    size = settings["training"]["max_steps"] * settings["training"]["per_device_train_batch_size"]
+    divergence = distil(model, tokenizer, settings, seed, output) if options.get("distil") else {}
     trainer = GRPOTrainer(
         model,
         reward_funcs=correct,
@@ -162,7 +201,7 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
                 **settings["training"],
             }
         ),
-        train_dataset=Dataset.from_list(problems(settings["task"], size, seed=seed)),
+        train_dataset=Dataset.from_list(problems_of_steps(settings, "training", seed)),
         processing_class=tokenizer,
         callbacks=[] if recipe is None else [NVFP4RolloutCallback()],
     )  # fmt: skip
@@ -170,7 +209,7 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
         record_mismatch(trainer)
     trainer.train()
     trainer.vllm_generation.sync_weights()
-    score = accuracy(trainer, problems(settings["task"], settings["held_out"], seed=2000))
+    score = accuracy(trainer, problems(settings["task"], settings["held_out"], SCORED, without=trained_on(settings)))
     with (output / f"{file_name(kind, seed)}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -178,9 +217,8 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
             if LOGGED["reward"] in entry:
                 values = {name: f"{entry[key]:.5g}" if key in entry else "" for name, key in LOGGED.items()}
                 writer.writerow({"kind": kind, "seed": seed, "step": entry["step"], **values})
-    (output / f"{file_name(kind, seed)}.json").write_text(
-        json.dumps({"kind": kind, "seed": seed, "score": score}) + "\n"
-    )
+    found = {"kind": kind, "seed": seed, "score": score, **divergence}
+    (output / f"{file_name(kind, seed)}.json").write_text(json.dumps(found) + "\n")
 
 
 def accuracy(trainer, held_out: list[dict]) -> float:
@@ -209,19 +247,19 @@ def file_name(kind: str, seed: int) -> str:
     return f"{kind} {seed}".replace(" ", "_").replace(",", "")
 
 
-def read(output: Path, settings: dict) -> dict[str, list[tuple[float, list[dict]]]]:
-    """(score, rows) of each finished run, by kind."""
-    found: dict[str, list[tuple[float, list[dict]]]] = {}
+def read(output: Path, settings: dict) -> dict[str, list[tuple[dict, list[dict]]]]:
+    """(score and divergences, rows) of each finished run, by kind."""
+    found: dict[str, list[tuple[dict, list[dict]]]] = {}
     for kind in settings["kinds"]:
         for seed in settings["seeds"]:
             scores = output / f"{file_name(kind, seed)}.json"
             if scores.exists():
                 rows = list(csv.DictReader(scores.with_suffix(".csv").open()))
-                found.setdefault(kind, []).append((json.loads(scores.read_text())["score"], rows))
+                found.setdefault(kind, []).append((json.loads(scores.read_text()), rows))
     return found
 
 
-def table(found: dict[str, list[tuple[float, list[dict]]]]) -> None:
+def table(found: dict[str, list[tuple[dict, list[dict]]]]) -> None:
     """Means over all steps and over the last 20, seed by seed."""
     header = ("", "score as served", "reward, last 20 steps", "mismatch KL, mean", "largest", "entropy", "length")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
@@ -232,7 +270,7 @@ def table(found: dict[str, list[tuple[float, list[dict]]]]) -> None:
 
         last = [lambda values, digits=digits: f"{statistics.mean(values[-20:]):.{digits}f}" for digits in (3, 3, 1)]
         cells = [
-            ", ".join(f"{score:.3f}" for score, _ in runs),
+            ", ".join(f"{scores['score']:.3f}" for scores, _ in runs),
             each("reward", last[0]),
             each("mismatch_kl", lambda values: f"{statistics.mean(values):.5f}"),
             each("mismatch_kl", lambda values: f"{max(values):.5f}"),
@@ -242,7 +280,7 @@ def table(found: dict[str, list[tuple[float, list[dict]]]]) -> None:
         print(f"| {kind} | {' | '.join(cells)} |")
 
 
-def plot(found: dict[str, list[tuple[float, list[dict]]]], path: Path) -> None:
+def plot(found: dict[str, list[tuple[dict, list[dict]]]], path: Path) -> None:
     """Reward, mismatch KL, entropy and completion length by step, a line a seed, smoothed over 5 steps."""
     import matplotlib
 
@@ -288,9 +326,9 @@ def main(
         return
     warm_up(settings, prepare_model(cache / "SmolLM2-135M-Instruct"), start)
 
-    def make(name: str, number: int) -> None:
+    def make(name: str, number: int) -> int:
         if (output / f"{file_name(name, number)}.json").exists():
-            return
+            return 0
         began = time.monotonic()
         command = [sys.executable, __file__, "--here", "--config", config, "--output", output]
         command += ["--cache", cache, "--kind", name, "--seed", number]
@@ -305,10 +343,11 @@ def main(
         print(f"{name}, seed {number}: exit {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         if done.returncode:
             print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), flush=True)
+        return done.returncode
 
     with ThreadPoolExecutor(workers) as pool:
         pairs = [(name, number) for number in seed or settings["seeds"] for name in kind or settings["kinds"]]
-        list(pool.map(make, *zip(*pairs, strict=True)))
+        num_failed = sum(map(bool, pool.map(make, *zip(*pairs, strict=True))))
     shutil.rmtree(output / "training", ignore_errors=True)
     if found := read(output, settings):
         table(found)
@@ -316,7 +355,13 @@ def main(
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(row for runs in found.values() for _, rows in runs for row in rows)
+        with (output / "scores.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, SCORES)
+            writer.writeheader()
+            writer.writerows(scores for runs in found.values() for scores, _ in runs)
         plot(found, output / "grpo.png")
+    if num_failed:
+        raise SystemExit(f"{num_failed} of {len(pairs)} runs failed; the same command tries them again.")
 
 
 if __name__ == "__main__":

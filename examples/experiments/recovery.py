@@ -10,6 +10,7 @@ unseen documents of the same set (held-out) and of "In the Year 2889" (out of do
 """
 
 import csv
+import gc
 import multiprocessing
 import shutil
 import statistics
@@ -106,6 +107,7 @@ class Experiment:
 
     def train(self, run: Run, seed: int) -> dict[str, float]:
         """Train, save and measure as served."""
+        gc.collect()  # a Trainer and its models go only so: the peak is to be this run's
         config = None if run.recipe is None else NVFP4QATConfig(**run.recipe)
         options = {} if config is None else {"quantization_config": config}
         model = AutoModelForCausalLM.from_pretrained(self.folder(run.start, seed), dtype=torch.float32, **options)
@@ -126,6 +128,7 @@ class Experiment:
             teacher = str(self.folder(run.teacher, seed))
             trainer = QADTrainer(model, arguments, teacher=teacher, train_dataset=self.train_data, **run.distillation)
         if self.device == "cuda":
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         started = time.monotonic()
         trainer.train()
@@ -145,14 +148,13 @@ class Experiment:
         return self.evaluate_packed(folder)
 
 
-def summary(rows: list[dict]) -> list[list[str]]:
-    """Mean, least and most of each run's losses, and of the share of the gap that it recovers, seed by seed."""
+def summary(rows: list[dict]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """Name and part to the losses of a run, and the shares of the gap that it recovers in %, seed by seed."""
     by_name: dict[str, dict[int, dict]] = {}
     for row in rows:
         by_name.setdefault(row["name"], {})[int(row["seed"])] = row
-    table = []
+    found: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for name, by_seed in by_name.items():
-        cells = [name]
         for part in PARTS:
             losses, shares = [], []
             for seed, row in by_seed.items():
@@ -162,13 +164,14 @@ def summary(rows: list[dict]) -> list[list[str]]:
                 if high and ptq and name not in (high["name"], ptq["name"]):
                     gap = float(ptq[part]) - float(high[part])
                     shares.append(100 * (float(ptq[part]) - float(row[part])) / gap)
-            cells.append(_spread(losses, 4))
-            cells.append(_spread(shares, 1) if shares else "")
-        table.append(cells)
-    return table
+            found.setdefault(name, {})[part] = losses, shares
+    return found
 
 
 def _spread(values: list[float], digits: int) -> str:
+    """Mean, least and most."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if max(values) == min(values) else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
@@ -180,16 +183,20 @@ def plot(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    table = [cells for cells in summary(rows) if cells[2]]
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(table) + 1.5))
-    for offset, column, label in ((-0.2, 2, "held-out"), (0.2, 4, "out of domain")):
-        numbers = [[float(word) for word in cells[column].replace("(", "").replace(")", "").split() if word != "to"]
-                   for cells in table]  # fmt: skip
-        means = [found[0] for found in numbers]
-        errors = [[found[0] - min(found) for found in numbers], [max(found) - found[0] for found in numbers]]
-        places = [place + offset for place in range(len(table))]
-        axes.barh(places, means, height=0.38, xerr=errors, label=label, capsize=2)
-    axes.set_yticks(range(len(table)), [cells[0] for cells in table])
+    shares = {
+        name: {part: shares for part, (_, shares) in parts.items()}
+        for name, parts in summary(rows).items()
+        if parts[PARTS[0]][1]
+    }
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(shares) + 1.5))
+    for offset, part in zip((-0.2, 0.2), PARTS, strict=True):
+        values = [parts[part] for parts in shares.values()]
+        means = [statistics.mean(each) for each in values]
+        errors = [[mean - min(each) for mean, each in zip(means, values, strict=True)],
+                  [max(each) - mean for mean, each in zip(means, values, strict=True)]]  # fmt: skip
+        places = [place + offset for place in range(len(shares))]
+        axes.barh(places, means, height=0.38, xerr=errors, label=part.replace("_", " "), capsize=2)
+    axes.set_yticks(range(len(shares)), list(shares))
     axes.invert_yaxis()
     axes.axvline(100, color="black", linewidth=0.8)
     axes.set(xlabel="share of the PTQ gap recovered as served, %")
@@ -228,6 +235,8 @@ def main(
     table_file = output / "recovery.csv"
     rows: list[dict] = list(csv.DictReader(table_file.open())) if table_file.exists() else []
     runs = [Run("base", "base"), *(Run(**entry) for kind in ("run", "quantized") for entry in settings.get(kind, []))]
+    if unknown := set(only or ()) - {run.name for run in runs}:
+        raise typer.BadParameter(f"{config} has no run {', '.join(sorted(unknown))}; it has: {[r.name for r in runs]}.")
     done = {(row["name"], int(row["seed"])) for row in rows}
     wanted = [
         (run, number)
@@ -264,8 +273,9 @@ def main(
                     writer.writeheader()
                     writer.writerows(rows)
     print("| run | held-out | recovered, % | out of domain | recovered, % |\n|---|---|---|---|---|")
-    for cells in summary(rows):
-        print(f"| {' | '.join(cells)} |")
+    for name, parts in summary(rows).items():
+        cells = [cell for losses, shares in parts.values() for cell in (_spread(losses, 4), _spread(shares, 1))]
+        print(f"| {' | '.join([name, *cells])} |")
     plot(rows, output / "recovery.png")
 
 

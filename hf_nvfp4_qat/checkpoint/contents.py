@@ -25,7 +25,7 @@ from hf_nvfp4_qat.checkpoint.files import (
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-_TOKENIZERS = (
+TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
     *("tekken.json", "tiktoken.model", "sentencepiece.bpe.model"),
 )
@@ -188,7 +188,7 @@ def _check_other_files(contents: Contents) -> None:
                 read_json_object(contents.directory / name)
             except ValueError as error:
                 contents.add("bad-json", name, str(error))
-    if not any((contents.directory / name).exists() for name in _TOKENIZERS):
+    if not any((contents.directory / name).exists() for name in TOKENIZERS):
         contents.add("no-tokenizer", "tokenizer", "there is none beside the weights")
 
 

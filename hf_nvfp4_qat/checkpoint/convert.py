@@ -26,7 +26,7 @@ from hf_nvfp4_qat.checkpoint.files import (
     resolve_checkpoint,
     staged_files,
 )
-from hf_nvfp4_qat.checkpoint.load import check_packed
+from hf_nvfp4_qat.checkpoint.load import check_packed, check_unquantized
 from hf_nvfp4_qat.checkpoint.modelopt import (
     ModelOptReader,
     from_modelopt,
@@ -82,12 +82,8 @@ def ptq_sources(
             "weights alone. Load it with `from_pretrained(..., quantization_config=...)`, call "
             "`calibrate_activations(model, batches)` and save it, or use `distill`."
         )
+    check_unquantized(directory)
     reader = open_checkpoint(directory)
-    if existing := reader.config().get("quantization_config"):
-        raise ValueError(
-            f"Post-training quantization starts from unquantized weights; {directory} says "
-            f"{existing.get('quant_method')} in config.json. Use the original checkpoint, or `dequantize` this one."
-        )
     model = skeleton(directory)
     swap_linears(model, recipe, output_embedding=model.get_output_embeddings())
     module_names = checkpoint_names(model, reader.names)

@@ -8,13 +8,20 @@ move a little when quantized again, and the report says by how much.
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import FLOATING, CheckpointReader, resolve_checkpoint
-from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
+from hf_nvfp4_qat.checkpoint.files import (
+    CONFIG_FILE,
+    FLOATING,
+    CheckpointReader,
+    read_json_object,
+    resolve_checkpoint,
+)
+from hf_nvfp4_qat.checkpoint.modelopt import is_modelopt, open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
     FORMAT,
@@ -116,6 +123,23 @@ def check_packed(reader: CheckpointReader) -> None:
             f"What is not NVFP4 must be unquantized; {reader.directory} has {len(others)} tensors in other formats, "
             f"the first {others[0]} in {reader.layout(others[0])[0]}, and their codes would be read as weights. Serve "
             "it as it is, or quantize the original in one format."
+        )
+
+
+def check_unquantized(directory: Path) -> None:
+    """Refuse to quantize what is quantized already.
+
+    Raises:
+        ValueError: config.json says how it is quantized.
+    """
+    if not (directory / CONFIG_FILE).is_file():
+        return  # who needs one will say so
+    config = read_json_object(directory / CONFIG_FILE)
+    if (quantization := config.get("quantization_config")) or is_modelopt(directory, config):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else "modelopt"
+        raise ValueError(
+            f"Quantization starts from unquantized weights; {directory} says {method} in its config. Use the original "
+            "checkpoint, or `nvfp4-qat dequantize` this one."
         )
 
 

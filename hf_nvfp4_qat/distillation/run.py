@@ -1,5 +1,6 @@
 """From a checkpoint in high precision and some text to a packed NVFP4 checkpoint that predicts as the original does."""
 
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -8,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
+from hf_nvfp4_qat.checkpoint.load import check_unquantized
 from hf_nvfp4_qat.checkpoint.save import save_nvfp4
 from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
-from hf_nvfp4_qat.distillation.text import read_documents, sequences
+from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
 from hf_nvfp4_qat.distillation.trainer import QADTrainer, Teacher
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
 
 @dataclass(frozen=True)
 class DistillationResult:
-    """Losses on text that was not trained on, in nats a token, with the weights that are served.
+    """Losses on text that was not trained on, in nats a token, with the NVFP4 weights that are served.
+
+    What is not quantized is measured as it was trained, in float32, and served in bfloat16.
 
     Attributes:
         teacher: cross entropy of the model in high precision.
@@ -72,10 +76,12 @@ def distill(
         What it cost, and what came back.
 
     Raises:
-        ValueError: no text, or too little of it.
+        ValueError: no text, or too little of it; no tokenizer; a source that is quantized; training diverged, and
+            nothing was written.
     """
-    directory = str(resolve_checkpoint(source))
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    directory = resolve_checkpoint(source)
+    check_unquantized(directory)
+    tokenizer = load_tokenizer(directory)
     tokens = sequences(tokenizer, read_documents(text), sequence_length)
     if len(tokens) <= num_held_out:
         raise ValueError(
@@ -92,14 +98,17 @@ def distill(
             "output_dir": scratch, "max_steps": 300, "per_device_train_batch_size": 16, "learning_rate": 2e-4,
             "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "adam_beta2": 0.95, "optim": "adamw_torch_fused",
             "per_device_eval_batch_size": 4, "bf16": on_gpu, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu,
-            "logging_steps": 10, "save_strategy": "no", "report_to": [], "dataloader_drop_last": True,
+            "logging_steps": 10, "save_strategy": "no", "report_to": [], "include_num_input_tokens_seen": "all",
             **(training or {}),
         }  # fmt: skip
+        # Whole batches, where there is one; what is measured is not cut.
+        batch_size = options["per_device_train_batch_size"]
+        train = train[: len(train) // batch_size * batch_size] if len(train) > batch_size else train
         arguments = TrainingArguments(**options)
         trainer = QADTrainer(
             model,
             arguments,
-            teacher=directory if teacher is None else teacher,
+            teacher=str(directory) if teacher is None else teacher,
             cross_entropy_weight=cross_entropy_weight,
             train_dataset=_rows(train),
             eval_dataset=_rows(held_out),
@@ -107,7 +116,12 @@ def distill(
         before = trainer.evaluate()
         trainer.train()
         after = trainer.evaluate()
-        num_tokens = trainer.state.global_step * trainer.get_total_train_batch_size(arguments) * sequence_length
+        num_tokens = int(trainer.state.num_input_tokens_seen)
+    if not math.isfinite(after["eval_loss"]):
+        raise ValueError(
+            f"Training diverged (its loss is {after['eval_loss']}), and nothing was written. Lower the learning rate; "
+            f"it was {arguments.learning_rate:g}."
+        )
     save_nvfp4(model, destination)
     tokenizer.save_pretrained(destination)
     problems = verify_nvfp4(destination, model)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
+from hf_nvfp4_qat.checkpoint.load import check_unquantized
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
-from hf_nvfp4_qat.distillation.text import read_documents, sequences
+from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
@@ -133,10 +134,11 @@ def sensitivity(
         progress: called after each forward.
 
     Raises:
-        ValueError: no text, or fewer tokens than one sequence.
+        ValueError: no text, fewer tokens than one sequence, no tokenizer, or a source that is quantized.
     """
     directory = resolve_checkpoint(source)
-    tokens = sequences(AutoTokenizer.from_pretrained(directory), read_documents(text), sequence_length)
+    check_unquantized(directory)
+    tokens = sequences(load_tokenizer(directory), read_documents(text), sequence_length)
     on_gpu = torch.cuda.is_available()
     model = AutoModelForCausalLM.from_pretrained(
         directory,

@@ -59,7 +59,7 @@ class TeacherProcess:
     def _receive(self, what: str) -> Any:
         try:
             answer, error = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise RuntimeError(f"The teacher's process ended (exit code {self._process.exitcode}).") from None
         if error:

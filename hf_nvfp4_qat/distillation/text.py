@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from hf_nvfp4_qat.checkpoint.contents import TOKENIZERS
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 
@@ -14,7 +16,7 @@ def read_documents(paths: Sequence[Path]) -> list[str]:
     """The documents in files and folders: a ``.txt`` or ``.md`` file is one, a line of ``.jsonl`` is one (its "text").
 
     Raises:
-        ValueError: a file of another kind, a line without text, or nothing at all.
+        ValueError: a file of another kind or encoding, a line without text, or nothing at all.
     """
     documents = [document for path in paths for document in _documents_in(path)]
     if not any(document.strip() for document in documents):
@@ -29,15 +31,39 @@ def _documents_in(path: Path) -> Iterator[str]:
     elif not path.is_file():
         raise ValueError(f"There is no file or folder {path}.")
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_read(path).splitlines(), start=1):
             try:
-                yield json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f'Each line of {path} is a JSON object with "text"; line {number} is not.') from error
+                text = json.loads(line)["text"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                raise ValueError(f'Each line of {path} is a JSON object with a string "text"; line {number} is not.')
+            yield text
     elif path.suffix in SUFFIXES:
-        yield path.read_text(encoding="utf-8")
+        yield _read(path)
     else:
         raise ValueError(f"Text is read from {', '.join(SUFFIXES)} files; got {path}.")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Text is read as UTF-8; {path} is not: {error}. Convert it first.") from error
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model's weights.
+
+    Raises:
+        ValueError: there is none; Transformers would make one up that knows no word.
+    """
+    if not any((directory / name).exists() for name in TOKENIZERS):
+        raise ValueError(
+            f"Text needs the model's tokenizer; {directory} has none beside the weights. Save it there: "
+            "`tokenizer.save_pretrained(PATH)`."
+        )
+    return AutoTokenizer.from_pretrained(directory)
 
 
 def sequences(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], length: int) -> torch.Tensor:

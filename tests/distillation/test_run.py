@@ -1,6 +1,7 @@
 """`nvfp4-qat distill`: text in, a packed checkpoint out that is closer to the original than quantization alone."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from trl_callbacks.test_callback import byte_tokenizer
 from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, verify_nvfp4
+from hf_nvfp4_qat.checkpoint.convert import quantize_checkpoint
 from hf_nvfp4_qat.cli import app
 from hf_nvfp4_qat.distillation.run import distill
 from hf_nvfp4_qat.distillation.text import read_documents, sequences
+from hf_nvfp4_qat.distillation.trainer import QADTrainer
 from hf_nvfp4_qat.modules.swap import qat_modules
 
 
@@ -76,6 +79,59 @@ def test_the_command_distils_into_w4a4_and_takes_the_text_in(source, text, tmp_p
     assert len(amaxes) == 14 and min(amaxes) > 0
 
 
+@pytest.mark.parametrize("num_held_out", [1, 6, 7])
+def test_all_sequences_that_are_held_out_are_measured(num_held_out, source, text, tmp_path):
+    result = distill(
+        source, tmp_path / "out", [text], sequence_length=64, num_held_out=num_held_out,
+        training={"max_steps": 1, "per_device_train_batch_size": 2, "disable_tqdm": True},
+    )  # fmt: skip
+    teacher = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    tokens = sequences(AutoTokenizer.from_pretrained(source), read_documents([text]), 64)[-num_held_out:]
+    with torch.no_grad():
+        logits = torch.cat([teacher(input_ids=row[None]).logits[0, :-1].float() for row in tokens])
+    expected = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()).item()
+    assert result.teacher == pytest.approx(expected, rel=1e-4)
+    assert result.num_tokens == 2 * 64
+
+
+def test_less_text_than_a_batch_is_trained_on_all_the_same(source, text, tmp_path):
+    options = {"max_steps": 2, "per_device_train_batch_size": 1000, "disable_tqdm": True}
+    result = distill(source, tmp_path / "out", [text], sequence_length=64, training=options)
+    num_train = len(sequences(AutoTokenizer.from_pretrained(source), read_documents([text]), 64)) - 16
+    assert 0 < num_train < 1000 and result.num_tokens == 2 * num_train * 64
+
+
+def test_training_that_diverges_writes_nothing(source, text, tmp_path):
+    options = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 1e30, "disable_tqdm": True}
+    with pytest.raises(ValueError, match="Training diverged .* it was 1e\\+30"):
+        distill(source, tmp_path / "out", [text], sequence_length=64, training=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_before_it_trains(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(QADTrainer, "train", None)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "number.json").write_text("5")
+    (tmp_path / "word.json").write_text('"o_proj"')
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1") * 500)
+    shutil.copytree(source, tmp_path / "mute", ignore=shutil.ignore_patterns("*token*"))
+    quantize_checkpoint(source, tmp_path / "packed")
+    out = tmp_path / "out"
+    for arguments, message in {
+        ("distill", source, tmp_path / "file", "--text", text): "is a file. Choose another name",
+        ("distill", source, out, "--text", text, "--exclude-from", tmp_path / "number.json"): "it holds a int",
+        ("distill", source, out, "--text", text, "--exclude-from", tmp_path / "word.json"): "it holds a str",
+        ("distill", source, out, "--text", tmp_path / "latin.txt"): "latin.txt is not: 'utf-8' codec",
+        ("distill", tmp_path / "mute", out, "--text", text): "has none beside the weights",
+        ("distill", tmp_path / "packed", out, "--text", text): "says compressed-tensors in its config",
+        ("sensitivity", tmp_path / "packed", "--text", text): "says compressed-tensors in its config",
+        ("sensitivity", source, "--text", text, "--output", tmp_path / "no" / "x"): "a directory that is there",
+    }.items():
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 2 and message in " ".join(result.output.split()), result.output
+    assert not out.exists()
+
+
 def test_text_is_read_from_files_and_folders(text):
     documents = read_documents([text, text / "a.txt"])
     assert len(documents) == 402 and documents[0] == documents[-1]
@@ -91,6 +147,7 @@ def test_text_is_read_from_files_and_folders(text):
         (lambda path: [path], "No text was found in"),
         (lambda path: [(path / "x.bin", (path / "x.bin").write_bytes(b"1"))[0]], "Text is read from .txt, .md, .jsonl"),
         (lambda path: [(path / "x.jsonl", (path / "x.jsonl").write_text('{"a": 1}'))[0]], "line 1 is not"),
+        (lambda path: [(path / "x.jsonl", (path / "x.jsonl").write_text('{"text": 5}'))[0]], "line 1 is not"),
         (lambda path: [(path / "x.txt", (path / "x.txt").write_text("few"))[0]], "fewer than one sequence of 64"),
         (lambda path: [(path / "x.txt", (path / "x.txt").write_text("a b " * 100))[0]], "and 16 are held out"),
     ],

@@ -70,6 +70,6 @@ def test_the_command_writes_a_list_that_quantize_takes(tmp_path):
     assert f"{14 - len(excluded)} layers packed" in done.output and len(coverage(model).quantized) == 14 - len(excluded)
     (tmp_path / "exclude.json").write_text("no list")
     assert (
-        "takes a JSON list"
+        "Write a list of modules"
         in run("quantize", tmp_path / "source", tmp_path / "b", "--exclude-from", tmp_path / "exclude.json").output
     )
