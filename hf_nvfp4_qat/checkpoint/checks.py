@@ -326,6 +326,7 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
     quantization = reader.config().get("quantization_config") or {}
     entries = quantization.get("ignore") or []
     ignored = names_matching({*map(layer_of, linears), *linears.values()}, entries)
+    plain = set(entries)
     targeted = targeted_layers(quantization, {*map(layer_of, linears), *packed})
     for layer in sorted(packed - (packed if targeted is None else targeted)):
         yield found("bad-group", layer, "packed, but no group's `targets` name it")
@@ -340,7 +341,7 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
             message, is_fixable = f"neither packed nor unquantized: its weight is {reader.layout(name)[0]}", False
         elif layer not in packed and name in names and layer not in ignored and is_wanted:
             # vLLM translates plain entries, as it translates the names of weights.
-            if module_path not in entries or not _differ_in_front(layer, module_path):
+            if module_path not in plain or not _differ_in_front(layer, module_path):
                 message = "not packed and not in `ignore`; vLLM would look for packed weights"
         elif layer not in packed and name in names and module_path not in ignored and is_wanted:
             message = f"`ignore` lacks its module name {module_path}; Transformers looks for that"

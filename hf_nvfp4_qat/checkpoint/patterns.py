@@ -61,4 +61,8 @@ def names_matching(names: Iterable[str], patterns: Iterable[str], *, seconds: fl
 def patterns_without_match(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """Those of `patterns` that name none of `names`; arguments and errors as for ``names_matching``."""
     names = set(names)
-    return [pattern for pattern in patterns if not names_matching(names, [pattern])]
+    return [
+        pattern
+        for pattern in patterns
+        if not (names_matching(names, [pattern]) if pattern.startswith("re:") else pattern in names)
+    ]
