@@ -84,6 +84,11 @@ def trained_on(settings: dict) -> set[str]:
     }
 
 
+def new_problems(settings: dict, size: int, seed: int) -> list[dict]:
+    """Problems to measure with, none of which any run is trained on."""
+    return problems(settings["task"], size, seed, without=trained_on(settings))
+
+
 def spell(tokenizer, example: dict) -> tuple[list[int], list[int]]:
     """Tokens of a prompt, and of its answer."""
     prompt = tokenizer.apply_chat_template(example["prompt"], add_generation_prompt=True, return_dict=False)
@@ -111,7 +116,7 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
 
     size = options["batch_size"]
     examples = problems_of_steps(settings, "warm_up", 0)
-    unseen, answers = encode(problems(settings["task"], options["unseen"], UNSEEN, without=trained_on(settings)))
+    unseen, answers = encode(new_problems(settings, options["unseen"], UNSEEN))
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
     for step in range(options["max_steps"]):
         if step % options["check_every"] == 0:
@@ -151,12 +156,11 @@ def distil(model, tokenizer, settings: dict, seed: int, output: Path) -> dict[st
         spelled = [spell(tokenizer, example) for example in examples]
         return [{"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer} for prompt, answer in spelled]
 
-    unseen = problems(settings["task"], settings["warm_up"]["unseen"], UNSEEN, without=trained_on(settings))
     trainer = QADTrainer(
         model,
         TrainingArguments(**options),
         train_dataset=rows(problems_of_steps(settings, "distillation", seed)),
-        eval_dataset=rows(unseen),
+        eval_dataset=rows(new_problems(settings, settings["warm_up"]["unseen"], UNSEEN)),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
     before = trainer.evaluate()["eval_kl"]
@@ -209,7 +213,7 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
         record_mismatch(trainer)
     trainer.train()
     trainer.vllm_generation.sync_weights()
-    score = accuracy(trainer, problems(settings["task"], settings["held_out"], SCORED, without=trained_on(settings)))
+    score = accuracy(trainer, new_problems(settings, settings["held_out"], SCORED))
     with (output / f"{file_name(kind, seed)}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

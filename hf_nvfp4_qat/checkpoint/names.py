@@ -11,6 +11,7 @@ A power of two has an exact reciprocal, so the stored scale and ours carry the s
 keys, but modelopt.py, which translates them.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,6 +34,8 @@ QUANT_METHOD = "compressed-tensors"
 FORMAT = "nvfp4-pack-quantized"
 EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"}
 """Local names of input embeddings."""
+OF_AN_EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.(.+)", re.DOTALL)
+"""A layer or tensor of one expert: the path of the experts, which one it is, and the rest."""
 SERVED_DTYPE = torch.bfloat16
 """Dtype of everything in a packed checkpoint that is not quantized."""
 

@@ -1,6 +1,5 @@
 """The architecture of a checkpoint without its weights: a model on the meta device, made from config.json."""
 
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, read_json_object
-from hf_nvfp4_qat.checkpoint.names import quantized_layers
+from hf_nvfp4_qat.checkpoint.names import OF_AN_EXPERT, quantized_layers
 from hf_nvfp4_qat.checkpoint.stream import CheckpointEntry, checkpoint_entries, unique_weights
-
-_OF_AN_EXPERT = re.compile(r"(?<=\.experts)\.[0-9]+\..+$")
 
 
 class CannotBuildError(ValueError):
@@ -111,7 +108,7 @@ def _entries(model: PreTrainedModel, stored: Collection[str]) -> dict[str, Check
     found = {}
     for name, entry in checkpoint_entries(model, unique_weights(model, model.state_dict())).items():
         other = entry.module_name or name
-        if part := _OF_AN_EXPERT.search(name):
-            other = f"{other.rpartition('.')[0]}{part[0]}"
+        if part := OF_AN_EXPERT.fullmatch(name):
+            other = f"{other.rpartition('.')[0]}.{part[2]}.{part[3]}"
         found[other if other in known and name not in known else name] = entry
     return found

@@ -103,7 +103,7 @@ def distill(
         }  # fmt: skip
         # Whole batches, where there is one; what is measured is not cut.
         batch_size = options["per_device_train_batch_size"]
-        train = train[: len(train) // batch_size * batch_size] if len(train) > batch_size else train
+        train = train[: len(train) // batch_size * batch_size or len(train)]
         arguments = TrainingArguments(**options)
         trainer = QADTrainer(
             model,
