@@ -5,13 +5,14 @@
 
 Each run is a process of its own: GRPO (TRL, vLLM in the training process) from the same warmed-up model, with fp32
 masters and bf16 autocast. Logged per step: reward, mismatch KL between sampler and trainer, entropy, completion
-length. At the end the engine, which has the weights that are served, greedily answers problems that no run was trained
-on.
+length. Before and after, the engine, which has the weights that are served, greedily answers problems that no run is
+trained on.
 """
 
 import csv
 import json
 import os
+import queue
 import shutil
 import socket
 import statistics
@@ -40,8 +41,9 @@ LOGGED = {
     "seconds": "step_time",
 }
 COLUMNS = ["kind", "seed", "step", *LOGGED]
-SCORES = ["kind", "seed", "score", "kl_before", "kl_after"]
-"""The divergences: from the warmed-up model, before and after distillation, at tokens of the answer."""
+SCORES = ["kind", "seed", "score_before", "score", "kl_before", "kl_after"]
+"""The scores: before and after reinforcement learning. The divergences: from the warmed-up model, before and after
+distillation, at tokens of the answer."""
 # reasoning-gym makes the n-th problem of a set from the number seed + n: seeds that lie close give the same problems.
 APART = 10**6
 WARM_UP, UNSEEN, SCORED = 100 * APART, 200 * APART, 300 * APART
@@ -71,7 +73,8 @@ def problems_of_steps(settings: dict, stage: str, seed: int) -> list[dict]:
     """Those of a stage, "warm_up", "distillation" or "training": each is seen once."""
     options = settings[stage]
     size = options.get("batch_size") or options["per_device_train_batch_size"] // options.get("num_generations", 1)
-    return problems(settings["task"], options["max_steps"] * size, WARM_UP if stage != "training" else APART * seed)
+    num_steps = options["max_steps"] * options.get("gradient_accumulation_steps", 1)
+    return problems(settings["task"], num_steps * size, WARM_UP if stage != "training" else APART * seed)
 
 
 def trained_on(settings: dict) -> set[str]:
@@ -116,14 +119,18 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
 
     size = options["batch_size"]
     examples = problems_of_steps(settings, "warm_up", 0)
-    unseen, answers = encode(new_problems(settings, options["unseen"], UNSEEN))
+    unseen = new_problems(settings, options["unseen"], UNSEEN)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
     for step in range(options["max_steps"]):
         if step % options["check_every"] == 0:
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-                predicted = model(input_ids=unseen).logits[:, :-1].argmax(-1)
-            # All tokens of the answer the likeliest: what greedy decoding would say.
-            share = ((predicted == answers[:, 1:]) | (answers[:, 1:] == -100)).all(1).double().mean().item()
+            num_right = 0
+            for start in range(0, len(unseen), 128):
+                ids, labels = encode(unseen[start : start + 128])
+                with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+                    predicted = model(input_ids=ids).logits[:, :-1].argmax(-1)
+                # All tokens of the answer the likeliest: what greedy decoding would say.
+                num_right += int(((predicted == labels[:, 1:]) | (labels[:, 1:] == -100)).all(1).sum())
+            share = num_right / len(unseen)
             print(f"warm-up: {share:.3f} of the problems answered after {step} steps", flush=True)
             if share >= options["until"]:
                 break
@@ -211,9 +218,10 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
     )  # fmt: skip
     if recipe is None:
         record_mismatch(trainer)
+    scored = new_problems(settings, settings["held_out"], SCORED)
+    score_before = accuracy(trainer, scored)
     trainer.train()
-    trainer.vllm_generation.sync_weights()
-    score = accuracy(trainer, new_problems(settings, settings["held_out"], SCORED))
+    found = {"kind": kind, "seed": seed, "score_before": score_before, "score": accuracy(trainer, scored), **divergence}
     with (output / f"{file_name(kind, seed)}.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -221,15 +229,15 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
             if LOGGED["reward"] in entry:
                 values = {name: f"{entry[key]:.5g}" if key in entry else "" for name, key in LOGGED.items()}
                 writer.writerow({"kind": kind, "seed": seed, "step": entry["step"], **values})
-    found = {"kind": kind, "seed": seed, "score": score, **divergence}
     (output / f"{file_name(kind, seed)}.json").write_text(json.dumps(found) + "\n")
 
 
 def accuracy(trainer, held_out: list[dict]) -> float:
-    """Share of problems that the engine answers correctly, greedily, with the weights it was pushed last."""
+    """Share of problems that the engine answers correctly, greedily, with the weights of this moment."""
     from grpo_qat_vllm import last_number
     from vllm import SamplingParams
 
+    trainer.vllm_generation.sync_weights()
     tokenizer = trainer.processing_class
     prompts = [
         {
@@ -265,7 +273,7 @@ def read(output: Path, settings: dict) -> dict[str, list[tuple[dict, list[dict]]
 
 def table(found: dict[str, list[tuple[dict, list[dict]]]]) -> None:
     """Means over all steps and over the last 20, seed by seed."""
-    header = ("", "score as served", "reward, last 20 steps", "mismatch KL, mean", "largest", "entropy", "length")
+    header = ("", "score before", "after", "reward, last 20 steps", "mismatch KL, mean", "largest", "entropy", "length")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for kind, runs in found.items():
 
@@ -274,7 +282,7 @@ def table(found: dict[str, list[tuple[dict, list[dict]]]]) -> None:
 
         last = [lambda values, digits=digits: f"{statistics.mean(values[-20:]):.{digits}f}" for digits in (3, 3, 1)]
         cells = [
-            ", ".join(f"{scores['score']:.3f}" for scores, _ in runs),
+            *(", ".join(f"{scores[name]:.3f}" for scores, _ in runs) for name in ("score_before", "score")),
             each("reward", last[0]),
             each("mismatch_kl", lambda values: f"{statistics.mean(values):.5f}"),
             each("mismatch_kl", lambda values: f"{max(values):.5f}"),
@@ -285,7 +293,7 @@ def table(found: dict[str, list[tuple[dict, list[dict]]]]) -> None:
 
 
 def plot(found: dict[str, list[tuple[dict, list[dict]]]], path: Path) -> None:
-    """Reward, mismatch KL, entropy and completion length by step, a line a seed, smoothed over 5 steps."""
+    """Reward, mismatch KL, entropy and completion length by step, over 10 steps: mean, least and most of the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -293,17 +301,21 @@ def plot(found: dict[str, list[tuple[dict, list[dict]]]], path: Path) -> None:
 
     titles = {"reward": "share of right answers", "mismatch_kl": "mismatch KL, nats a token", "entropy": "entropy",
               "length": "completion length, tokens"}  # fmt: skip
-    figure, grid = pyplot.subplots(2, 2, figsize=(11, 7))
+    figure, grid = pyplot.subplots(2, 2, figsize=(11, 7.5))
     for (column, title), axes in zip(titles.items(), grid.flat, strict=True):
-        for number, (kind, runs) in enumerate(found.items()):
-            for index, (_, rows) in enumerate(runs):
+        for kind, runs in found.items():
+            curves = []
+            for _, rows in runs:
                 values = [float(row[column]) for row in rows if row[column]]
-                smooth = [statistics.mean(values[max(0, place - 4) : place + 1]) for place in range(len(values))]
-                axes.plot(smooth, color=f"C{number}", alpha=0.8, label=kind if index == 0 else None)
+                curves.append([statistics.mean(values[max(0, end - 10) : end]) for end in range(1, len(values) + 1)])
+            by_step = list(zip(*curves, strict=False))
+            [line] = axes.plot([statistics.mean(values) for values in by_step], label=kind)
+            least, most = [min(values) for values in by_step], [max(values) for values in by_step]
+            axes.fill_between(range(len(by_step)), least, most, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.set(title=title, xlabel="step", yscale="log" if column == "mismatch_kl" else "linear")
         axes.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*grid.flat[0].get_legend_handles_labels(), loc="lower center", ncols=3, fontsize=9)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=90)
 
 
@@ -313,7 +325,7 @@ def main(
     cache: Path = Path(".cache"),
     kind: Annotated[list[str] | None, typer.Option(help="All by default.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Those in the configuration by default.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time on the GPU.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs at a time, on all GPUs together.")] = 1,
     max_steps: Annotated[int | None, typer.Option(help="That in the configuration by default.")] = None,
     here: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
@@ -329,6 +341,12 @@ def main(
         run(settings, kind[0], seed[0], start, output)
         return
     warm_up(settings, prepare_model(cache / "SmolLM2-135M-Instruct"), start)
+    torch.cuda.empty_cache()  # the runs need it
+    all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",")
+    free_gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for worker in range(workers):
+        free_gpus.put(gpus[worker % len(gpus)])
 
     def make(name: str, number: int) -> int:
         if (output / f"{file_name(name, number)}.json").exists():
@@ -340,10 +358,13 @@ def main(
         with socket.socket() as free:  # the default port would be the same for all
             free.bind(("", 0))
             port = free.getsockname()[1]
+        gpu = free_gpus.get()
         environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "MASTER_PORT": str(port)}
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
         log = output / f"{file_name(name, number)}.log"
         with log.open("w") as file:
             done = subprocess.run(list(map(str, command)), env=environment, stdout=file, stderr=file)
+        free_gpus.put(gpu)
         print(f"{name}, seed {number}: exit {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         if done.returncode:
             print("\n".join(log.read_text(errors="replace").splitlines()[-15:]), flush=True)
