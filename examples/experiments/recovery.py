@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from demo_data import load_text, prepare_model
 
-from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
 from hf_nvfp4_qat.distillation.trainer import QADTrainer
 
@@ -57,6 +58,11 @@ class Run:
         return self.start != "base" or self.learning_rate is not None
 
     @property
+    def quantizes_inputs(self) -> bool:
+        """W4A4."""
+        return self.recipe is not None and self.recipe.get("activations") == "nvfp4"
+
+    @property
     def gap_of(self) -> str:
         """The model in high precision that a quantized one is compared with."""
         return "" if self.recipe is None else self.reference or self.start
@@ -77,9 +83,9 @@ class Experiment:
         """Where a model in high precision is, or will be."""
         return self.base if name == "base" else self.output / f"{name} {seed}".replace(" ", "_").replace(",", "")
 
-    def evaluate(self, folder: Path) -> dict[str, float]:
+    def evaluate(self, folder: Path, load: Callable = AutoModelForCausalLM.from_pretrained) -> dict[str, float]:
         """Nats a token by part of the text, with the weights of a checkpoint that is not packed."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device).eval()
+        model = load(folder, dtype=torch.float32).to(self.device).eval()
         losses = {}
         for part, tokens in self.eval_data.items():
             batches = [batch.to(self.device) for batch in tokens.split(8)]
@@ -88,8 +94,10 @@ class Experiment:
             losses[part] = float(sum(sums)) / len(tokens)
         return losses
 
-    def evaluate_packed(self, folder: Path) -> dict[str, float]:
-        """The same of a packed checkpoint, decoded into a file first."""
+    def evaluate_packed(self, folder: Path, *, inputs_too: bool) -> dict[str, float]:
+        """The same of a packed checkpoint: decoded into a file first, or with quantized inputs as engines emulate."""
+        if inputs_too:
+            return self.evaluate(folder, load_nvfp4)
         decoded = folder.with_name(f"{folder.name}_decoded")
         shutil.rmtree(decoded, ignore_errors=True)
         dequantize_checkpoint(folder, decoded)
@@ -103,7 +111,7 @@ class Experiment:
         shutil.rmtree(packed, ignore_errors=True)
         assert run.recipe is not None
         quantize_checkpoint(self.folder(run.start, seed), packed, NVFP4QATConfig(**run.recipe))
-        return self.evaluate_packed(packed)
+        return self.evaluate_packed(packed, inputs_too=run.quantizes_inputs)
 
     def train(self, run: Run, seed: int) -> dict[str, float]:
         """Train, save and measure as served."""
@@ -145,7 +153,7 @@ class Experiment:
             return self.evaluate(folder)
         save_nvfp4(model, folder)
         assert verify_nvfp4(folder, model).ok
-        return self.evaluate_packed(folder)
+        return self.evaluate_packed(folder, inputs_too=run.quantizes_inputs)
 
 
 def summary(rows: list[dict]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
