@@ -70,7 +70,7 @@ def problems(task: dict, size: int, seed: int, *, without: set[str] | None = Non
 
 
 def problems_of_steps(settings: dict, stage: str, seed: int) -> list[dict]:
-    """Those of a stage, "warm_up", "distillation" or "training": each is seen once."""
+    """Those of a stage, "warm_up", "distillation" or "training", in the order of its steps."""
     options = settings[stage]
     size = options.get("batch_size") or options["per_device_train_batch_size"] // options.get("num_generations", 1)
     num_steps = options["max_steps"] * options.get("gradient_accumulation_steps", 1)
