@@ -120,12 +120,12 @@ def warm_up(settings: dict, base: Path, folder: Path) -> None:
     size = options["batch_size"]
     examples = problems_of_steps(settings, "warm_up", 0)
     unseen = new_problems(settings, options["unseen"], UNSEEN)
+    unseen_batches = [encode(unseen[first : first + 128]) for first in range(0, len(unseen), 128)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=options["learning_rate"], weight_decay=0.0)
     for step in range(options["max_steps"]):
         if step % options["check_every"] == 0:
             num_right = 0
-            for start in range(0, len(unseen), 128):
-                ids, labels = encode(unseen[start : start + 128])
+            for ids, labels in unseen_batches:
                 with torch.no_grad(), torch.autocast(device, torch.bfloat16):
                     predicted = model(input_ids=ids).logits[:, :-1].argmax(-1)
                 # All tokens of the answer the likeliest: what greedy decoding would say.
@@ -359,11 +359,10 @@ def main(
             free.bind(("", 0))
             port = free.getsockname()[1]
         gpu = free_gpus.get()
-        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "MASTER_PORT": str(port)}
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
+        variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": gpu}
         log = output / f"{file_name(name, number)}.log"
         with log.open("w") as file:
-            done = subprocess.run(list(map(str, command)), env=environment, stdout=file, stderr=file)
+            done = subprocess.run(list(map(str, command)), env={**os.environ, **variables}, stdout=file, stderr=file)
         free_gpus.put(gpu)
         print(f"{name}, seed {number}: exit {done.returncode}, {time.monotonic() - began:.0f} s", flush=True)
         if done.returncode:

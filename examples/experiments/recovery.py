@@ -84,7 +84,7 @@ class Experiment:
         return self.base if name == "base" else self.output / f"{name} {seed}".replace(" ", "_").replace(",", "")
 
     def evaluate(self, folder: Path, load: Callable = AutoModelForCausalLM.from_pretrained) -> dict[str, float]:
-        """Nats a token by part of the text, with the weights of a checkpoint that is not packed."""
+        """Nats a token by part of the text, of the checkpoint that `load` reads."""
         model = load(folder, dtype=torch.float32).to(self.device).eval()
         losses = {}
         for part, tokens in self.eval_data.items():
@@ -94,9 +94,9 @@ class Experiment:
             losses[part] = float(sum(sums)) / len(tokens)
         return losses
 
-    def evaluate_packed(self, folder: Path, *, inputs_too: bool) -> dict[str, float]:
-        """The same of a packed checkpoint: decoded into a file first, or with quantized inputs as engines emulate."""
-        if inputs_too:
+    def evaluate_packed(self, folder: Path, run: Run) -> dict[str, float]:
+        """The same of a run's packed checkpoint: decoded into a file first; of W4A4 with inputs quantized as well."""
+        if run.quantizes_inputs:
             return self.evaluate(folder, load_nvfp4)
         decoded = folder.with_name(f"{folder.name}_decoded")
         shutil.rmtree(decoded, ignore_errors=True)
@@ -111,7 +111,7 @@ class Experiment:
         shutil.rmtree(packed, ignore_errors=True)
         assert run.recipe is not None
         quantize_checkpoint(self.folder(run.start, seed), packed, NVFP4QATConfig(**run.recipe))
-        return self.evaluate_packed(packed, inputs_too=run.quantizes_inputs)
+        return self.evaluate_packed(packed, run)
 
     def train(self, run: Run, seed: int) -> dict[str, float]:
         """Train, save and measure as served."""
@@ -153,7 +153,7 @@ class Experiment:
             return self.evaluate(folder)
         save_nvfp4(model, folder)
         assert verify_nvfp4(folder, model).ok
-        return self.evaluate_packed(folder, inputs_too=run.quantizes_inputs)
+        return self.evaluate_packed(folder, run)
 
 
 def summary(rows: list[dict]) -> dict[str, dict[str, tuple[list[float], list[float]]]]:

@@ -280,11 +280,11 @@ def check_architecture(
     for name in sorted(set(expected) - present):
         yield found("missing-tensor", name, "missing")
     # Llama 4's in ModelOpt's dialect: all experts of a layer in one tensor of codes.
-    fused = {name for name in expected if f"{name}_{BLOCK_SCALE}" in present}
-    for name in sorted(fused):
+    fused = tuple(sorted(name for name in expected if f"{name}_{BLOCK_SCALE}" in present))
+    for name in fused:
         yield found("fused-experts", name, "experts that are packed in one tensor were not examined")
     expected = {name: shape for name, shape in expected.items() if name not in fused}
-    present -= {name for name in present if name.startswith(tuple(fused))}
+    present -= {name for name in present if name.startswith(fused)}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     for name in sorted(present - set(expected)):
         is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *CACHE_SCALES))
