@@ -14,7 +14,7 @@ out as +0.0, so there is no negative zero.
 
 The block maximum is taken on the bits: positive bf16 values sort like their 16-bit integers, and NaN sorts last.
 
-On a CPU a chunk stays in cache while ten passes run over it; elsewhere the whole weight is one chunk.
+On a CPU a chunk stays in cache while nine passes run over it; elsewhere the whole weight is one chunk.
 """
 
 from collections.abc import Iterator
@@ -84,8 +84,9 @@ def round_to_e2m1_(scaled: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Round float32 `scaled` to E2M1 values in place; `scratch` is a float32 buffer of the same shape."""
     scaled.clamp_(-E2M1_MAX, E2M1_MAX)  # first: the sum below overflows beyond 2**105 or so
     torch.bitwise_and(scaled.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
-    scratch.clamp_(min=1.0).mul_(_ROUNDING_CONSTANT)
-    return scaled.add_(scratch).sub_(scratch)
+    scratch.clamp_(min=1.0)
+    # alpha times a power of two is exact, whether it is fused with the sum or not
+    return scaled.add_(scratch, alpha=_ROUNDING_CONSTANT).sub_(scratch, alpha=_ROUNDING_CONSTANT)
 
 
 def _chunks(blocks: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

