@@ -40,6 +40,7 @@ def run_page(page: Path, folder: Path, *options: str) -> str:
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
         }
         command = [sys.executable, doc_pages.__file__, str(page), *options]
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from conftest import load_qat, tiny_qwen3
+from conftest import SMALL_ENGINE, load_qat, tiny_qwen3
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
 from hf_nvfp4_qat.checkpoint.names import quantization_config
@@ -157,6 +157,7 @@ def test_a_real_server_started_by_the_command_is_accepted(model, folder):
     options = [word for word in words[1:] if word not in ("--weight-transfer-config", '{"backend":"nccl"}')]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", words[0], *options]
     command += ["--enforce-eager", "--max-model-len", "64", "--skip-tokenizer-init"]
+    command += ["--kv-cache-memory-bytes", str(SMALL_ENGINE["kv_cache_memory_bytes"])]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
