@@ -5,7 +5,7 @@ VENV := .venv
 LATEST := .venv-latest
 TORCH := torch==2.13.0
 
-# A process for each core, up to four, with one thread each: two thirds of the time that one process took on two cores.
+# A process for each core, up to four, with one thread each: half the time that one process took on two cores.
 PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 
 # glibc hands large tensors back to the system and takes them again, page by page; keeping them made a training step on

@@ -85,7 +85,7 @@ def round_to_e2m1_(scaled: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     scaled.clamp_(-E2M1_MAX, E2M1_MAX)  # first: the sum below overflows beyond 2**105 or so
     torch.bitwise_and(scaled.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
     scratch.clamp_(min=1.0)
-    # alpha times a power of two is exact, whether it is fused with the sum or not
+    # alpha times a power of two is exact, whether it is fused with the sum or not.
     return scaled.add_(scratch, alpha=_ROUNDING_CONSTANT).sub_(scratch, alpha=_ROUNDING_CONSTANT)
 
 

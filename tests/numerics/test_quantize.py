@@ -9,6 +9,7 @@ import torch
 from benchmarks.plain import plain_formula
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import in_processes
 
 from hf_nvfp4_qat import NVFP4Tensor, fake_quantize_nvfp4, numerics, quantize_nvfp4
 from hf_nvfp4_qat.numerics import eager, reference
@@ -463,7 +464,7 @@ def test_an_unknown_scale_rule_is_refused():
         quantize_nvfp4(torch.ones(1, 16), scale_rule="minmax")
 
 
-def test_eager_is_several_times_faster_than_the_plain_formula():
+def _times_as_fast_as_the_plain_formula(rank: int) -> list[float]:
     weight = torch.randn(2048, 4096, generator=torch.Generator().manual_seed(5)).mul_(0.02).bfloat16()
     scale = global_decode_scale_of_amax(global_amax(weight))
 
@@ -476,6 +477,12 @@ def test_eager_is_several_times_faster_than_the_plain_formula():
         return min(seconds)
 
     assert torch.equal(plain_formula(weight, scale), fake_quantize_unchecked(weight, scale))
-    # 10 to 19 were measured on machines of 2 cores; the limit leaves room for others, and for their other work.
-    ratios = [best(plain_formula, 2) / best(fake_quantize_unchecked, 9) for _ in range(4)]
-    assert max(ratios) > 5, ratios
+    # A busy machine can spoil one measurement, not the best of several.
+    return [best(plain_formula, 2) / best(fake_quantize_unchecked, 9) for _ in range(4)]
+
+
+def test_eager_is_at_least_ten_times_faster_than_the_plain_formula():
+    # In a process of its own: in one that has run other tests glibc keeps large tensors, of which the plain formula
+    # makes more, and the ratio depends on what ran before.
+    (ratios,) = in_processes(_times_as_fast_as_the_plain_formula, 1)
+    assert max(ratios) > 10, ratios
