@@ -12,6 +12,7 @@ import hf_nvfp4_qat
 PACKAGE = Path(hf_nvfp4_qat.__file__).parent
 ROOMS = (
     "numerics",
+    "sharding",
     "modules",
     "distributed",
     "checkpoint",

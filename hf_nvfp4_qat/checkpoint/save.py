@@ -28,8 +28,9 @@ from hf_nvfp4_qat.checkpoint.files import (
 from hf_nvfp4_qat.checkpoint.modelopt import modelopt_config_files, to_modelopt
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
-from hf_nvfp4_qat.distributed.gather import is_sharded, on_main_process, reshard
+from hf_nvfp4_qat.distributed.gather import on_main_process, reshard
 from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.sharding.parts import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,12 +15,15 @@ from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
-from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded, reshard
+from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.modules.calibration import check_calibrated
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
-from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights, refresh_global_scales
+from hf_nvfp4_qat.modules.global_scale import scales_of
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.sharding.packed import gather_packed
+from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,8 @@ def packed_sources(
         if layer.input_amax is not None
     }
     if state_dict is None:
-        refresh_global_scales(model)
+        for groups in scales_of(quantized.values()):
+            groups.refresh()
         scales = {layer_of(name): weight.global_decode_scale for name, weight in quantized.items()}
     else:
         given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}

@@ -15,7 +15,6 @@ from weakref import ref
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from hf_nvfp4_qat.distributed.fsdp_versions import (
     forget_gathers,
@@ -23,10 +22,11 @@ from hf_nvfp4_qat.distributed.fsdp_versions import (
     gathered_shape,
     why_no_extension,
 )
-from hf_nvfp4_qat.modules.global_scale import QATWeight, own_experts, own_part
+from hf_nvfp4_qat.modules.global_scale import QATWeight, scales_of
 from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
-from hf_nvfp4_qat.numerics.wire import decode_rows, encode_rows, part_num_rows
+from hf_nvfp4_qat.sharding.parts import mesh_of, own_experts, own_part, own_storage
+from hf_nvfp4_qat.sharding.wire import decode_rows, encode_rows, part_num_rows
 
 _ATTRIBUTE = "nvfp4_packed_gather"
 
@@ -112,7 +112,7 @@ class _PackedGather:
                     f"The NVFP4 gather does not work with CPU offloading; {name} is offloaded. Turn "
                     "`fsdp_offload_params` off, or set NVFP4_QAT_GATHER=bf16."
                 )
-            self._shards[name] = _Shard(weight.weight.device_mesh, gathered_shape(parameter))
+            self._shards[name] = _Shard(mesh_of(weight.weight), gathered_shape(parameter))
         for name, weight in self.weights.items():
             # Tensor parallelism makes DTensors of buffers too; the scale is whole on every process.
             weight.global_decode_scale = own_part(weight.global_decode_scale)
@@ -136,7 +136,7 @@ class _PackedGather:
                 "pass, or call `model.reshard()`, first."
             )
         for weight, shard in zip(self.weights.values(), shards, strict=True):
-            local = _local_tensor(weight.weight)
+            local = own_storage(weight.weight)
             for hook in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
                 if hasattr(local, hook):
                     delattr(local, hook)
@@ -149,10 +149,9 @@ class _PackedGather:
         for name, weight in self.weights.items():
             tensor, shard = weight.weight, self._shards[name]
             # A weight that is whole at the moment was gathered through hooks that are in place.
-            is_shard = isinstance(tensor, DTensor) and tensor.device_mesh == shard.mesh
-            if is_shard and not hasattr(_local_tensor(tensor), "fsdp_pre_all_gather"):
+            if mesh_of(tensor) == shard.mesh and not hasattr(own_storage(tensor), "fsdp_pre_all_gather"):
                 _put_hooks(weight, shard.gathered_shape)
-        for scales in {id(weight.global_scales): weight.global_scales for weight in self.weights.values()}.values():
+        for scales in scales_of(self.weights.values()):
             scales.refresh_stale()
 
 
@@ -185,7 +184,7 @@ def _put_hooks(weight: QATWeight, shape: torch.Size) -> None:
         shape: ``[N, K]`` of the gathered weight (the rows that tensor parallelism leaves this process), or experts
             ``[E, N, K]``.
     """
-    local = _local_tensor(weight.weight)
+    local = own_storage(weight.weight)
     index = own_experts(weight.weight)
     # The tensor holds the hooks, so they hold neither it nor its module.
     local_ref, weight_ref = ref(local), ref(weight)
@@ -205,7 +204,7 @@ def _put_hooks(weight: QATWeight, shape: torch.Size) -> None:
     ) -> Any:
         scale, num_parts = metadata
         whole = torch.empty(shape, dtype=dtype, device=outputs[0].device) if out is None else out
-        whole = _local_tensor(whole)
+        whole = own_storage(whole)
         # To autograd this is the same weight as before: what is gathered again has the same values.
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(whole):
             decode_rows(outputs[0].view(num_parts, -1), scale, whole)
@@ -213,7 +212,3 @@ def _put_hooks(weight: QATWeight, shape: torch.Size) -> None:
 
     local.fsdp_pre_all_gather = fsdp_pre_all_gather
     local.fsdp_post_all_gather = fsdp_post_all_gather
-
-
-def _local_tensor(weight: Any) -> Any:
-    return weight._local_tensor if isinstance(weight, DTensor) else weight

@@ -6,20 +6,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.global_scale import scales_of
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 
 
 @torch.no_grad()
-def calibrate_activations(model: nn.Module, batches: Iterable[Mapping[str, Any] | torch.Tensor]) -> int:
+def calibrate_activations(
+    model: nn.Module, batches: Iterable[Mapping[str, Any] | torch.Tensor], *, process_group: Any = None
+) -> int:
     """Measure the inputs of every layer with NVFP4 activations anew, and set their global scales by it.
 
     Training does the same by and by. Calibrate what is quantized without training, what is to serve rollouts before
-    its first step, and what was trained through outliers that it has left behind. Every process must call it, with
-    its own data or the same.
+    its first step, and what was trained through outliers that it has left behind. Where several processes train the
+    model, all of them must call, with data of their own or the same.
 
     Args:
         model: made with ``NVFP4QATConfig(activations="nvfp4")``.
         batches: what the model is called with: mappings of keyword arguments, or token ids ``[B, T]``.
+        process_group: as for ``share_input_amaxes``.
 
     Returns:
         How many layers were calibrated.
@@ -49,10 +53,25 @@ def calibrate_activations(model: nn.Module, batches: Iterable[Mapping[str, Any] 
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for scales in {layer.global_scales for layer in layers.values()}:
-        scales.share_input_amaxes()
+    share_input_amaxes(model, process_group)
     check_calibrated(layers)
     return len(layers)
+
+
+def share_input_amaxes(model: nn.Module, process_group: Any = None) -> None:
+    """Give all processes that train a W4A4 model together the largest inputs that any of them has seen.
+
+    FSDP2, tensor parallelism, DDP, and FSDP1 with original parameters need no call: it happens at each optimizer step.
+    Under ZeRO, FSDP1 with flat parameters, or a loop of your own, call it on every process before saving. Models with
+    16-bit inputs are left alone.
+
+    Args:
+        model: the QAT model.
+        process_group: the processes that train it, each with data of its own; beside the mesh of sharded weights and
+            the processes of a DDP or FSDP1 wrapper, which are known. None adds none.
+    """
+    for scales in scales_of(qat_weights(model).values()):
+        scales.share_input_amaxes(process_group=process_group)
 
 
 def check_calibrated(layers: Mapping[str, Any]) -> None:

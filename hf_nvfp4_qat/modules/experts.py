@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_experts, own_part, weight_version
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
+from hf_nvfp4_qat.modules.weight_clock import version_of
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_through
+from hf_nvfp4_qat.sharding.parts import own_experts, own_part
 
 
 class ExpertWeight:
@@ -50,6 +52,11 @@ class ExpertWeight:
     @property
     def _buffer_name(self) -> str:
         return f"{self.name}_global_decode_scale"
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """The experts module, and the name of the weight in it."""
+        return self.module, self.name
 
     @property
     def weight(self) -> Any:
@@ -214,7 +221,7 @@ class _Recipe:
     def __init__(self, weight: ExpertWeight, values: torch.Tensor) -> None:
         self.weight, self.scale, self.dtype = weight.weight, weight.global_decode_scale, values.dtype
         self.scale_rule = weight.scale_rule
-        self.version = weight_version(self.weight)
+        self.version = version_of(self.weight)
         self.storage = values.untyped_storage().data_ptr()
 
     def has(self, tensor: torch.Tensor) -> bool:
@@ -229,10 +236,10 @@ class _Recipe:
         first_expert, last_expert = offset // expert_numel, last // expert_numel
 
         def make() -> torch.Tensor:
-            if weight_version(self.weight) != self.version:
+            if version_of(self.weight) != self.version:
                 raise RuntimeError(
                     "A weight needed for backward was changed after the forward that used it (an NVFP4 expert weight "
-                    f"{list(self.weight.shape)}: version {weight_version(self.weight)}, not {self.version}). Call "
+                    f"{list(self.weight.shape)}: version {version_of(self.weight)}, not {self.version}). Call "
                     "backward before the optimizer's step."
                 )
             experts = slice(first_expert, last_expert + 1)

@@ -1,43 +1,56 @@
 """GlobalScales: one global decode scale per weight or fused group, kept fresh without the user's help.
 
 The scale is module state (a non-persistent fp32 buffer). Forward, gather, export and sync only read it, so they
-agree. Somebody must write it whenever weights change; that is done here, at three moments:
+agree. Somebody must write it whenever weights change. Whether they did is the clock's to say (weight_clock.py); scales
+are compared with it, and written, at three moments:
 
-    optimizer.step()            a global post hook of torch.optim refreshes every model whose weights were stepped:
-                                plain loops, Trainer, Accelerate and TRL all end there. After an optimizer that steps
-                                something else (ZeRO, FSDP1: flat copies), the next forward refreshes
-    load_state_dict, in-place   QATLinear compares its weight's identity and version counter with the ones last
-    edits, assignment           seen, before each forward, and refreshes its fused group when they differ
-    saving                      refreshes everything first, which also covers edits through `.data`,
-                                the one kind of write that PyTorch does not count
+    optimizer.step()            a global post hook of torch.optim refreshes, in one pass, the scales of the weights that
+                                were stepped: plain loops, Trainer, Accelerate and TRL all end there
+    before each forward         QATLinear asks whether its fused group changed: in-place edits, assignment,
+                                load_state_dict, an optimizer that steps copies of the weights (ZeRO, FSDP1)
+    saving and pushing          refresh everything first, which also covers edits through `.data`,
+                                the one kind of write that leaves no trace
 
-Under torch.compile the check before the forward is not traced; the two hooks (optimizer, load_state_dict) remain.
+Under torch.compile the question before the forward is not traced; the two hooks (optimizer, load_state_dict) remain.
+
+Sharded weights are refreshed by all processes of their mesh together, models in the order in which they were made; a
+step of an optimizer that owns none of them sends nothing.
 
 Members are held weakly and register themselves again after deepcopy and unpickling, so copying a model, or one
 layer of it, gives independent scales.
 """
 
+import logging
+import sys
 from collections.abc import Iterable
 from itertools import accumulate
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from hf_nvfp4_qat.modules.weight_clock import Sight, WeightClock
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
 from hf_nvfp4_qat.numerics.quantize import global_decode_scale_of_amax
+from hf_nvfp4_qat.sharding.parts import maximum_over_group, maximum_over_mesh, mesh_of, own_part, own_slice
+
+logger = logging.getLogger(__name__)
 
 _live: "WeakSet[GlobalScales]" = WeakSet()
-_optimizer_hook: Any = None
+# Of each optimizer, its tensors that belong to no model here, by id.
+_strangers: "WeakKeyDictionary[torch.optim.Optimizer, dict[int, ref]]" = WeakKeyDictionary()
+_hooks: list[Any] = []
 
 
 class QATWeight(Protocol):
     """A weight that trains in NVFP4: a ``QATLinear``, or one of the fused weights of an experts module.
 
     Attributes:
+        place: the module that holds the master weight, and its name there.
         weight: master weight ``[N, K]``, or experts ``[E, N, K]``.
         scale_group: key of its group; the members of one share their scales.
         global_scales: the groups it belongs to.
@@ -50,6 +63,9 @@ class QATWeight(Protocol):
     global_scales: "GlobalScales"
     scale_rule: str
     weight_is_fake_quantized: bool
+
+    @property
+    def place(self) -> tuple[nn.Module, str]: ...  # noqa: D102
 
     @property
     def weight(self) -> Any: ...  # noqa: D102
@@ -65,48 +81,69 @@ class QATWeight(Protocol):
         ...
 
 
-class GlobalScales:
-    """The scale groups of one model."""
+class _Member:
+    """A weight's part in its group: when its scale was written, and into which tensor."""
 
-    def __init__(self) -> None:
+    __slots__ = ("sight", "refreshed", "scale")
+
+    def __init__(self, sight: Sight) -> None:
+        self.sight = sight
+        self.refreshed = -1
+        self.scale: Any = _nothing
+
+
+class GlobalScales:
+    """The scale groups of one model.
+
+    Attributes:
+        clock: says when its weights changed.
+    """
+
+    def __init__(self, clock: WeightClock | None = None) -> None:
+        """Start without members.
+
+        Args:
+            clock: the model's, made with its root module.
+        """
+        self.clock = clock or WeightClock()
         # Members in the order they came: under ZeRO-3 reading a weight gathers it, so all processes must read alike.
-        self._groups: dict[str, WeakKeyDictionary[QATWeight, None]] = {}
-        # Weight, its version counter and the scale's tensor at the last refresh, by module; tensors weakly.
-        self._seen: WeakKeyDictionary[QATWeight, tuple[ref, int, ref]] = WeakKeyDictionary()
+        self._groups: dict[str, WeakKeyDictionary[QATWeight, _Member]] = {}
         self._amaxes: dict[tuple[torch.device, Any], GroupAmax] = {}
-        # Whether an optimizer was ever seen to own one of the weights themselves.
-        self.is_stepped = False
+        # Wrappers (DDP, FSDP1) whose processes train the model together, each on data of its own.
+        self._wrappers: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
+        self._has_warned = False
         _live.add(self)
-        global _optimizer_hook
-        if _optimizer_hook is None:
-            _optimizer_hook = register_optimizer_step_post_hook(_refresh_stepped_weights)
+        if not _hooks:
+            _hooks.append(register_optimizer_step_post_hook(_after_step))
+            _hooks.append(register_module_module_registration_hook(_notice_wrapper))
 
     def __deepcopy__(self, memo: dict) -> "GlobalScales":
-        memo[id(self)] = copy = GlobalScales()
+        memo[id(self)] = copy = GlobalScales(self.clock.copied(memo))
         return copy
 
     def __reduce__(self) -> tuple[type["GlobalScales"], tuple[()]]:
         return GlobalScales, ()
 
-    def add(self, module: QATWeight) -> None:
-        """Register a module under its `scale_group`."""
-        self._groups.setdefault(module.scale_group, WeakKeyDictionary())[module] = None
+    def add(self, weight: QATWeight) -> None:
+        """Register a weight under its `scale_group`."""
+        members = self._groups.setdefault(weight.scale_group, WeakKeyDictionary())
+        members[weight] = _Member(self.clock.sight(*weight.place))
 
-    def is_fresh(self, module: QATWeight) -> bool:
-        """Whether the scale of the fused group of `module` was computed from the weights the group has now."""
-        return all(self._is_seen(member) for member in self._groups[module.scale_group])
+    def is_fresh(self, weight: QATWeight) -> bool:
+        """Whether the scale of the fused group of `weight` was computed from the weights the group has now."""
+        return self._is_group_fresh(self._groups[weight.scale_group])
 
-    def refresh_if_stale(self, module: QATWeight) -> None:
-        """Refresh the fused group of `module` if one of its weights changed since the last refresh."""
-        if not self.is_fresh(module):
-            self._refresh([module.scale_group])
+    def refresh_if_stale(self, weight: QATWeight) -> None:
+        """Refresh the fused group of `weight` if one of its weights changed since the last refresh."""
+        if not self.is_fresh(weight):
+            self._refresh([weight.scale_group])
 
     def refresh_stale(self) -> None:
         """Refresh every fused group one of whose weights changed, all together.
 
         For sharded weights every process must call it: all of them see the same weights change.
         """
-        stale = [name for name, group in self._groups.items() if not all(map(self._is_seen, group))]
+        stale = [name for name, group in self._groups.items() if not self._is_group_fresh(group)]
         if stale:
             self._refresh(stale)
 
@@ -114,73 +151,122 @@ class GlobalScales:
         """Recompute every scale from the weights as they are now."""
         self._refresh(self._groups)
 
-    def _is_seen(self, module: QATWeight) -> bool:
-        seen, version, scale = self._seen.get(module, (_nothing, 0, _nothing))
-        if scale() is not module.global_decode_scale:
-            return False  # the buffer was replaced: Accelerate puts old ones back after loading, `.to` makes new ones
-        last, weight = seen(), module.weight
-        if isinstance(last, DTensor) and _mesh(last) != _mesh(weight):
-            # FSDP2 has put the gathered weight in the place of the shard that the scale was computed from.
-            weight = last
-        return weight is last and version == weight_version(weight)
+    def _is_group_fresh(self, group: "WeakKeyDictionary[QATWeight, _Member]") -> bool:
+        for weight, member in group.items():
+            if self.clock.look(member.sight, weight.weight) > member.refreshed:
+                return False
+            if member.scale() is not weight.global_decode_scale:
+                return False  # replaced: Accelerate puts old buffers back after loading, `.to` makes new ones
+        return True
 
     @torch.no_grad()
     def _refresh(self, groups: Iterable[str]) -> None:
         """One batched pass a device: a handful of launches for all weights together, nothing read back."""
-        by_place: dict[tuple[torch.device, Any], list[list[QATWeight]]] = {}
+        by_place: dict[tuple[torch.device, Any], list[list[tuple[QATWeight, _Member]]]] = {}
         for group in groups:
             # Offloaded weights are on the meta device between forwards and have nothing to read.
-            members = [module for module in self._groups[group] if module.weight.device.type != "meta"]
+            members = [item for item in self._groups[group].items() if item[0].weight.device.type != "meta"]
             if members:
-                mesh = next((mesh for module in members if (mesh := _mesh(module.weight)) is not None), None)
-                by_place.setdefault((members[0].weight.device, mesh), []).append(members)
+                mesh = next((mesh for weight, _ in members if (mesh := mesh_of(weight.weight)) is not None), None)
+                by_place.setdefault((members[0][0].weight.device, mesh), []).append(members)
         for place, grouped in by_place.items():
-            modules = [module for members in grouped for module in members]
+            modules = [weight for members in grouped for weight, _ in members]
             # A group has one scale, or one for each expert.
-            num_scales = [members[0].global_decode_scale.numel() for members in grouped]
+            num_scales = [members[0][0].global_decode_scale.numel() for members in grouped]
             starts = list(accumulate(num_scales, initial=0))
             first_scales = [
-                start + (own_slice(module.weight).start if module.weight.ndim == 3 else 0)
+                start + (own_slice(weight.weight).start if weight.weight.ndim == 3 else 0)
                 for start, members in zip(starts, grouped, strict=False)
-                for module in members
+                for weight, _ in members
             ]
-            weights = [own_part(module.weight) for module in modules]
+            weights = [own_part(weight.weight) for weight in modules]
             amax = self._amaxes.get(place)
             if amax is None or not amax.fits(weights, first_scales):
                 amax = self._amaxes[place] = GroupAmax(weights, first_scales, starts[-1])
             shared_amax = amax(weights)
-            if place[1] is not None:
-                _maximum_over_shards(shared_amax, place[1])
+            maximum_over_mesh(shared_amax, place[1])
             scales = global_decode_scale_of_amax(shared_amax).split(num_scales)
             torch._foreach_copy_(
-                [own_part(module.global_decode_scale).view(-1) for module in modules],
+                [own_part(weight.global_decode_scale).view(-1) for weight in modules],
                 [scale for scale, members in zip(scales, grouped, strict=True) for _ in members],
             )
-            for module in modules:
-                if module.global_decode_scale.device.type != "meta":  # else there is nothing to have written to
-                    version = weight_version(module.weight)
-                    self._seen[module] = (ref(module.weight), version, ref(module.global_decode_scale))
+            for weight, member in (item for members in grouped for item in members):
+                scale = weight.global_decode_scale
+                if scale.device.type != "meta":  # else there is nothing to have written to
+                    self.clock.look(member.sight, weight.weight)
+                    member.refreshed, member.scale = self.clock.epoch, ref(scale)
 
-    def refresh_stepped(self, stepped: set[int]) -> bool:
-        """Refresh the groups of which a weight is among the stepped ones, by id; whether there was any."""
-        groups = [name for name, group in self._groups.items() if any(id(m.weight) in stepped for m in group)]
-        self._refresh(groups)
-        self.is_stepped |= bool(groups)
-        return bool(groups)
+    def after_step(self, owned: dict[int, Any], *, may_be_copies: bool) -> None:
+        """An optimizer has made a step: refresh the scales of the weights it owns.
+
+        Args:
+            owned: its tensors by id.
+            may_be_copies: whether some of them belong to no model here, and so may be copies of weights.
+        """
+        if not self.clock.stepped(owned, may_be_copies=may_be_copies):
+            return
+        epoch = self.clock.epoch
+        stepped = [
+            name
+            for name, members in self._groups.items()
+            if any(member.sight.changed == epoch for member in members.values())
+        ]
+        if stepped:
+            self._refresh(stepped)
+            self.share_input_amaxes(stepped)
 
     @torch.no_grad()
-    def share_input_amaxes(self) -> None:
-        """Give all processes the largest inputs that any of them has seen: one all-reduce, and none without W4A4."""
-        modules = [module for group in self._groups.values() for module in group]
-        amaxes = [own_part(amax) for module in modules if (amax := getattr(module, "input_amax", None)) is not None]
-        if amaxes and torch.distributed.is_available() and torch.distributed.is_initialized():
-            shared = torch.stack(amaxes)
-            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
-            torch._foreach_copy_(amaxes, list(shared.unbind()))
+    def share_input_amaxes(self, stepped: Iterable[str] | None = None, *, process_group: Any = None) -> None:
+        """Give the processes that train the model together the largest inputs that any of them has seen (W4A4).
 
-    def forget(self) -> None:
-        """Take every scale for stale."""
-        self._seen.clear()
+        These are the mesh of sharded weights, and the processes of a DDP or FSDP1 wrapper; all of them must call.
+
+        Args:
+            stepped: scale groups; sharded weights over meshes that hold none of these are left alone. None for all.
+            process_group: more processes, each with data of its own.
+        """
+        amaxes: dict[Any, list[torch.Tensor]] = {}
+        meshes = set()
+        for name, members in self._groups.items():
+            for weight, member in members.items():
+                mesh = mesh_of(member.sight.current(weight.weight))
+                if (amax := getattr(weight, "input_amax", None)) is not None:
+                    amaxes.setdefault(mesh, []).append(own_part(amax))
+                if stepped is None or name in stepped:
+                    meshes.add(mesh)
+        groups = [wrapper.process_group for wrapper in self._wrappers]
+        if process_group is not None:
+            groups.append(process_group)
+        for mesh, of_mesh in amaxes.items():
+            if mesh not in meshes:
+                continue
+            if mesh is None and not groups:
+                self._warn_of_unshared_inputs()
+                continue
+            shared = torch.stack(of_mesh)
+            maximum_over_mesh(shared, mesh)
+            for group in dict.fromkeys(groups):
+                maximum_over_group(shared, group)
+            torch._foreach_copy_(of_mesh, list(shared.unbind()))
+
+    def wrapped_by(self, wrapper: nn.Module) -> None:
+        """Share the largest inputs with the processes of a DDP or FSDP1 wrapper from now on."""
+        self._wrappers[wrapper] = None
+
+    def _warn_of_unshared_inputs(self) -> None:
+        if not self._has_warned and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            self._has_warned = True
+            logger.warning(
+                "Each process measures the largest inputs of NVFP4 activations (W4A4) by itself: the model is neither "
+                "sharded by FSDP2 nor wrapped by DDP. If several processes train it together, call "
+                "`hf_nvfp4_qat.modules.calibration.share_input_amaxes(model, process_group)` on all of them."
+            )
+
+
+def scales_of(weights: Iterable[QATWeight]) -> list[GlobalScales]:
+    """The scale groups of some weights, in the order in which they were made: one for each model prepared."""
+    found = dict.fromkeys(weight.global_scales for weight in weights)
+    return sorted(found, key=lambda scales: scales.clock.number)
 
 
 def keep_float32(weight: QATWeight, scale: torch.Tensor) -> None:
@@ -189,64 +275,46 @@ def keep_float32(weight: QATWeight, scale: torch.Tensor) -> None:
         weight.global_decode_scale = scale.to(weight.global_decode_scale.device)
 
 
-def own_part(tensor: Any) -> torch.Tensor:
-    """The part of a sharded weight that this process has; a plain tensor as it is.
-
-    Scales are whole everywhere, but tensor parallelism makes DTensors of them too.
-    """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def own_experts(weight: Any) -> Any:
-    """Index of the scales of the part of a weight that this process has, into all of the weight's.
-
-    Args:
-        weight: ``[N, K]``, which has one scale, or experts ``[E, N, K]``, sharded or not.
-    """
-    return own_slice(weight) if weight.ndim == 3 else ()
-
-
-def own_slice(weight: Any) -> slice:
-    """Which rows, or experts, of a weight this process has."""
-    if not isinstance(weight, DTensor):
-        return slice(0, len(weight))
-    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
-    return slice(offset[0], offset[0] + shape[0])
-
-
-def _mesh(weight: Any) -> Any:
-    return weight.device_mesh if isinstance(weight, DTensor) else None
-
-
-def _maximum_over_shards(shared_amax: torch.Tensor, mesh: Any) -> None:
-    """Every process of `mesh` has seen a part of each DTensor: one all-reduce an axis for all of them, in place.
-
-    Every process refreshes the same groups in the same order.
-    """
-    # Reductions may drop a NaN; infinity survives them, and makes the scale NaN all the same.
-    shared_amax.nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    for axis in range(mesh.ndim):
-        torch.distributed.all_reduce(shared_amax, torch.distributed.ReduceOp.MAX, group=mesh.get_group(axis))
-
-
 def _nothing() -> None:
     """Stands in for a dead weak reference."""
 
 
-def weight_version(weight: Any) -> int:
-    """PyTorch's count of in-place writes to a tensor; inference tensors keep none."""
-    return 0 if weight.is_inference() else weight._version
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """After any optimizer's step: models in the order in which they were made, as on all processes."""
+    owned = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}
+    live = sorted(_live, key=lambda scales: scales.clock.number)  # a set of weak references has an order of its own
+    may_be_copies = _owns_strangers(optimizer, owned, [scales.clock for scales in live])
+    for scales in live:
+        scales.after_step(owned, may_be_copies=may_be_copies)
 
 
-def _refresh_stepped_weights(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    """After any optimizer's step: refresh the scales of the weights it owns."""
-    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-    own = [scales for scales in list(_live) if scales.refresh_stepped(stepped)]
-    if not own:
-        # ZeRO and FSDP1 step flat copies of the weights, and write the weights themselves where PyTorch does not count.
-        # A second optimizer, for norms and biases beside the matrices' own, is no reason.
-        own = [scales for scales in list(_live) if not scales.is_stepped]
-        for scales in own:
-            scales.forget()
-    for scales in own:
-        scales.share_input_amaxes()
+def _owns_strangers(optimizer: torch.optim.Optimizer, owned: dict[int, Any], clocks: list[WeightClock]) -> bool:
+    """Whether some of an optimizer's tensors are parameters of no model that has a clock."""
+
+    def unknown() -> set[int]:
+        return owned.keys() - {number for clock in clocks for number in clock.known(owned)}
+
+    remembered = _strangers.get(optimizer, {})
+    strangers = unknown()
+    if any(remembered.get(number, _nothing)() is not owned[number] for number in strangers):
+        for clock in clocks:
+            clock.learn()
+        strangers = unknown()
+        _strangers[optimizer] = {number: ref(owned[number]) for number in strangers}
+    return bool(strangers)
+
+
+def _notice_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    """Remember the DDP or FSDP1 wrapper that takes in a model with W4A4: it says which processes train it together."""
+    if submodule is None or not isinstance(module, _wrapper_classes()):
+        return
+    for layer in submodule.modules():
+        if getattr(layer, "input_amax", None) is not None and isinstance(
+            scales := getattr(layer, "global_scales", None), GlobalScales
+        ):
+            scales.wrapped_by(module)
+
+
+def _wrapper_classes() -> tuple[type, ...]:
+    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    return (DistributedDataParallel, *([fsdp1.FullyShardedDataParallel] if fsdp1 else []))

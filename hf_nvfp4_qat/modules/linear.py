@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_part
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
 from hf_nvfp4_qat.numerics.activations import activation_amax, fake_quantize_activation
 from hf_nvfp4_qat.numerics.format import check_weight
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax, straight_through
+from hf_nvfp4_qat.sharding.parts import own_part
 
 
 class _Kept(torch.autograd.Function):
@@ -183,6 +184,11 @@ class QATLinear(nn.Linear):
         linear.register_buffer("input_amax", torch.zeros_like(one) if quantize_input else None)
         global_scales.add(linear)
         return linear
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """This module, and the name of the weight in it."""
+        return self, "weight"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""

@@ -11,9 +11,10 @@ from torch import nn
 
 from hf_nvfp4_qat.modules.experts import QATExperts, adopt_experts, why_not_trainable
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight, scales_of
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
 from hf_nvfp4_qat.modules.recipe import Recipe
+from hf_nvfp4_qat.modules.weight_clock import WeightClock
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
 
 # Local names of the layers that stay in high precision by default, with the reason the report gives.
@@ -212,7 +213,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
         )
     for name, linear in selected.items():
         check_adoptable(linear, name=name)
-    global_scales = GlobalScales()
+    global_scales = GlobalScales(WeightClock(model))
     for name, linear in selected.items():
         QATLinear.adopt(
             linear,
@@ -249,10 +250,21 @@ def qat_weights(model: nn.Module) -> dict[str, QATWeight]:
 def refresh_global_scales(model: nn.Module) -> None:
     """Recompute every global scale of `model` from its weights as they are now.
 
-    Needed only after writing weights through ``.data``, which PyTorch's version counters do not see.
+    Needed only after writing weights through ``.data`` outside an optimizer, which leaves no trace: rollouts then push
+    the model again. If weights are sharded, every process must call.
     """
-    for scales in {id(weight.global_scales): weight.global_scales for weight in qat_weights(model).values()}.values():
+    for scales in scales_of(qat_weights(model).values()):
+        scales.clock.tick()
         scales.refresh()
+
+
+def weights_epoch(model: nn.Module) -> int:
+    """A number that rises whenever a parameter or persistent buffer of `model` may have changed; 0 without QAT weights.
+
+    What was made of the weights is up to date as long as this number is the one it was made at. Sharded processes may
+    not agree on it: each knows of writes into its own part alone.
+    """
+    return sum(scales.clock.look_at(model) for scales in scales_of(qat_weights(model).values()))
 
 
 @cache

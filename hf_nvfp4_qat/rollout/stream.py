@@ -36,10 +36,11 @@ from hf_nvfp4_qat.checkpoint.names import (
     to_checkpoint,
 )
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
-from hf_nvfp4_qat.distributed.gather import gather_packed, own_rows
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.sharding.packed import gather_packed
+from hf_nvfp4_qat.sharding.parts import own_rows
 
 NamedTensor = tuple[str, torch.Tensor]
 

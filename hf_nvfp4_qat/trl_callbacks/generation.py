@@ -23,9 +23,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from packaging.version import Version
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_nvfp4_qat.modules.global_scale import weight_version
+from hf_nvfp4_qat.distributed.gather import reshard
+from hf_nvfp4_qat.modules.swap import weights_epoch
 from hf_nvfp4_qat.rollout.engine import kernel_name
 from hf_nvfp4_qat.rollout.server import check_alignment, check_server, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
@@ -63,13 +63,6 @@ class Rollout(Protocol):
 
 _marked: WeakKeyDictionary[nn.Module, Rollout] = WeakKeyDictionary()
 
-_num_optimizer_steps = [0]
-_optimizer_hook: Any = None
-
-
-def _count_optimizer_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    _num_optimizer_steps[0] += 1
-
 
 def mark(model: nn.Module, rollout: Rollout) -> None:
     """Have TRL roll out on the packed weights of `model`, from the moment it builds an engine for it.
@@ -78,9 +71,6 @@ def mark(model: nn.Module, rollout: Rollout) -> None:
         ValueError: a TRL version without the seam this needs.
     """
     _wrap_engine_construction()
-    global _optimizer_hook
-    if _optimizer_hook is None:
-        _optimizer_hook = register_optimizer_step_post_hook(_count_optimizer_step)
     _marked[model] = rollout
 
 
@@ -133,9 +123,9 @@ class NVFP4Generation:
         self._push: Callable[[], None]
         self._stream: RolloutStream | None = None
         self._failure: Exception | None = None
-        # Why generation is refused, and the state of the weights that the engine has.
+        # Why generation is refused, and the epoch of the weights that the engine has.
         self._refusal = "no weights were pushed yet"
-        self._pushed_state: tuple[int, list[tuple[int, int, int]]] = (-1, [])
+        self._pushed_epoch = -1
 
     def build(self, original: Any) -> None:
         """Build TRL's engine or connect to its server, the NVFP4 way.
@@ -210,9 +200,10 @@ class NVFP4Generation:
         """Replaces TRL's ``sync_weights``. Generation is refused until it has succeeded."""
         self._refusal = "its last weight push failed"
         self.sample.start()
-        state = weights_state(self.trl.model)
+        reshard(self.trl.model)  # what FSDP2 has gathered is not what it shards
+        epoch = weights_epoch(self.trl.model)
         self._push()
-        self._pushed_state = state
+        self._pushed_epoch = epoch
         self._refusal = ""
         self.num_pushes += 1
         self._rollout.pushed(self)
@@ -223,7 +214,7 @@ class NVFP4Generation:
         TRL pushes when its step counter moves. Weights also move without: a second ``train()``, a checkpoint loaded
         between two evaluations, an average swapped in.
         """
-        if not self._refusal and weights_state(self.trl.model) != self._pushed_state:
+        if self._is_outdated():
             self.trl.sync_weights()
         if self._refusal and not (self.trl.mode == "colocate" and getattr(self.trl, "_llm_weights_sleeping", False)):
             raise RuntimeError(f"vLLM must not generate: {self._refusal}.")
@@ -232,6 +223,14 @@ class NVFP4Generation:
         finally:
             if self.trl.mode == "colocate" and self.trl.enable_sleep_mode:
                 refuse_to_generate(self.trl.llm, "sleep mode discarded its weights")
+
+    def _is_outdated(self) -> bool:
+        """Whether the weights may have changed, on any process, since they were pushed; all processes ask together."""
+        is_outdated = not self._refusal and weights_epoch(self.trl.model) != self._pushed_epoch
+        accelerator = self.trl.accelerator
+        if accelerator.num_processes == 1:
+            return is_outdated
+        return bool(accelerator.reduce(torch.tensor(float(is_outdated), device=accelerator.device)).item())
 
     def _push_into_engine(self) -> None:
         """Wake the weights, push, and prove the first pushes and every few more."""
@@ -316,22 +315,6 @@ class NVFP4Generation:
             self._failure = error
             for item in stream.layout[num_sent:]:
                 yield item.name, torch.zeros(item.shape, dtype=item.dtype, device=self.trl.accelerator.device)
-
-
-def weights_state(model: nn.Module) -> tuple[int, list[tuple[int, int, int]]]:
-    """What changes when a weight is written or replaced.
-
-    Identity, address and version counter of every tensor, and the number of optimizer steps taken in this process:
-    fused optimizers write without counting.
-    """
-    tensors = [
-        getattr(tensor, "_local_tensor", tensor)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        # Global scales are refreshed by every push, and follow from the weights; those of inputs do not.
-        if tensor.numel() > 1 or name.endswith("input_amax")
-    ]
-    versions = [(id(tensor), tensor.data_ptr(), weight_version(tensor)) for tensor in tensors]
-    return _num_optimizer_steps[0], versions
 
 
 def _metadata(stream: RolloutStream) -> list[tuple[str, str, list[int]]]:

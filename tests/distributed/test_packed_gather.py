@@ -253,7 +253,7 @@ def test_four_processes_hybrid_sharding_and_tensor_parallelism():
 
 def _without_reduction(rank: int) -> dict:
     """The comparison can fail: each process with the scale of its own rows."""
-    global_scale._maximum_over_shards = lambda shared_amax, mesh: None
+    global_scale.maximum_over_mesh = lambda shared_amax, mesh: None
     return compare(rank, training={"steps": 1})
 
 
