@@ -101,10 +101,12 @@ class WeightClock:
         last = sight.tensor()
         if tensor is not last and last is not None and stands_for_shard(tensor, last):
             tensor = last
-        if tensor is not last or not _has_stamp(tensor, sight.stamp):
+        if tensor is not last or (_stamp(tensor) != sight.stamp and not _was_moved(tensor, sight.stamp)):
             self.tick()
             self._see(sight, tensor)
-        return sight.changed if is_sharded(tensor) else max(sight.changed, self._traceless)
+        if sight.changed < self._traceless and not is_sharded(tensor):
+            return self._traceless
+        return sight.changed
 
     def look_at(self, model: nn.Module) -> int:
         """Look at all parameters and persistent buffers of a model, and return the epoch."""
@@ -165,25 +167,21 @@ class WeightClock:
 
 def _stamp(tensor: Any) -> tuple[int, int]:
     """Version and address; of a sharded tensor, the address stays out: it is each process's own."""
-    return version_of(tensor), 0 if is_sharded(tensor) else _address(tensor)
-
-
-def _has_stamp(tensor: Any, stamp: tuple[int, int]) -> bool:
-    now = _stamp(tensor)
-    # ZeRO-3 puts a weight elsewhere each time it gathers it.
-    return now == stamp or (now[0] == stamp[0] and hasattr(tensor, "ds_id"))
-
-
-def _own_stamp(tensor: Any) -> tuple[int, int]:
-    own = own_storage(tensor)
-    return version_of(own), _address(own)
-
-
-def _address(tensor: Any) -> int:
     try:
-        return tensor.data_ptr()
-    except RuntimeError:  # inside a transform of torch.func a tensor has none
-        return 0
+        return tensor._version, 0 if is_sharded(tensor) else tensor.data_ptr()
+    except RuntimeError:  # inference tensors keep no version, those inside a transform of torch.func have no address
+        return version_of(tensor), 0
+
+
+def _own_stamp(shard: Any) -> tuple[int, int]:
+    """The same of the part of a sharded tensor that this process holds."""
+    own = own_storage(shard)
+    return version_of(own), own.data_ptr()
+
+
+def _was_moved(tensor: Any, stamp: tuple[int, int]) -> bool:
+    """Whether a tensor with another stamp was not written: ZeRO-3 puts a weight elsewhere each time it gathers it."""
+    return hasattr(tensor, "ds_id") and version_of(tensor) == stamp[0]
 
 
 def _held(module: nn.Module, name: str) -> Any:

@@ -277,6 +277,19 @@ def test_a_callback_can_serve_one_trainer_after_the_other(folder, tmp_path):
         assert callback.generation.last_check.ok
 
 
+def test_a_trainer_does_not_push_for_what_another_has_trained(folder, tmp_path):
+    callbacks = [rollouts(check_every=0), rollouts(check_every=0)]
+    first, second = (
+        make_trainer(load_qat(folder), folder, tmp_path, [callback], max_steps=1, per_device_eval_batch_size=4)
+        for callback in callbacks
+    )
+    prompts = Dataset.from_dict({"prompt": ["hello"] * 8})
+    for num_pushes in (1, 2):
+        second.evaluate(prompts)
+        first.train()
+        assert [callback.generation.num_pushes for callback in callbacks] == [num_pushes, 1]
+
+
 def test_rloo_rolls_out_on_packed_weights_too(folder, tmp_path):
     from trl import RLOOConfig, RLOOTrainer
 

@@ -67,10 +67,10 @@ def test_mismatch_is_that_of_bf16_and_the_engine_runs_what_is_exported(folder, t
     bf16_routing = logged(trainer, "nvfp4/routing_difference")
     set_seed(0)
     model = load_qat(folder)
-    trainer = make_trainer(
-        model, folder, tmp_path, [rollouts(check_every=1, routing_every=2)], learning_rate=1e-3, **LARGE
-    )
+    callback = rollouts(check_every=1, routing_every=2)
+    trainer = make_trainer(model, folder, tmp_path, [callback], learning_rate=1e-3, **LARGE)
     trainer.train()
+    assert callback.generation.num_pushes == 4  # one before each step's generation
     qat = logged(trainer, "nvfp4/mismatch_kl")
     assert len(qat) == len(bf16) == 4
     assert sum(qat) <= 1.2 * sum(bf16), (qat, bf16)

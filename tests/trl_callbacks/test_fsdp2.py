@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import load_qat
+from datasets import Dataset
 from distributed.test_fsdp_plugin import fsdp_on_cpus
 from processes import in_processes
 from trl_callbacks.test_callback import _trainers, logged, make_trainer, rollouts, small_qwen3
@@ -20,16 +21,23 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 def _grpo(source: Path, folder: Path, resume: str | None, rank: int) -> dict:
     with fsdp_on_cpus():
+        callback = rollouts(check_every=1)
         trainer = make_trainer(
-            load_qat(source), source, folder, [rollouts(check_every=1), NVFP4FSDPCallback("packed")],
+            load_qat(source), source, folder, [callback, NVFP4FSDPCallback("packed")], per_device_eval_batch_size=4,
             learning_rate=1e-3, bf16=True, save_strategy="steps", save_steps=2, fsdp=True,
             fsdp_config={"version": 2, "state_dict_type": "FULL_STATE_DICT", "cpu_ram_efficient_loading": False},
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
+        pushes = [callback.generation.num_pushes]
+        for _ in range(2):
+            # Three batches each; a forward without backward leaves weights gathered.
+            trainer.evaluate(Dataset.from_dict({"prompt": ["hello"] * 24}))
+            pushes.append(callback.generation.num_pushes)
     found = {
         "packed": gathers_packed(trainer.model),
         "mismatch": max(logged(trainer, "nvfp4/mismatch_kl")),
         "steps": len(logged(trainer, "nvfp4/mismatch_kl")),
+        "pushes": pushes,
     }
     trainer.save_model(str(folder / "final"))
     dist.barrier()
@@ -47,5 +55,7 @@ def test_grpo_under_fsdp2(tmp_path):
     for resume in (None, str(out / "checkpoint-2")):
         for found in in_processes(partial(_grpo, tmp_path / "source", out, resume)):
             assert found["packed"] and found["steps"] == 3
+            # One before each step, one before the first evaluation: then nothing changes any more.
+            assert found["pushes"] == ([3, 4, 4] if resume is None else [1, 2, 2])
             assert found["mismatch"] < 1e-3
             assert found["verified"][:2] == (True, True), found["verified"]
