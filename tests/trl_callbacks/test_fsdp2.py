@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import load_qat
 from datasets import Dataset
@@ -13,6 +14,7 @@ from processes import in_processes
 from trl_callbacks.test_callback import _trainers, logged, make_trainer, rollouts, small_qwen3
 
 from hf_nvfp4_qat import NVFP4FSDPCallback, verify_nvfp4
+from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed
 from hf_nvfp4_qat.modules.swap import qat_modules
 
@@ -29,7 +31,12 @@ def _grpo(source: Path, folder: Path, resume: str | None, rank: int) -> dict:
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
         pushes = [callback.generation.num_pushes]
-        for _ in range(2):
+        for change in (False, False, True):
+            if change and rank == 0:
+                # One process alone knows of this, and all push.
+                reshard(trainer.model)
+                with torch.no_grad():
+                    trainer.model.model.norm.weight.to_local().mul_(1.1)
             # Three batches each; a forward without backward leaves weights gathered.
             trainer.evaluate(Dataset.from_dict({"prompt": ["hello"] * 24}))
             pushes.append(callback.generation.num_pushes)
@@ -55,7 +62,7 @@ def test_grpo_under_fsdp2(tmp_path):
     for resume in (None, str(out / "checkpoint-2")):
         for found in in_processes(partial(_grpo, tmp_path / "source", out, resume)):
             assert found["packed"] and found["steps"] == 3
-            # One before each step, one before the first evaluation: then nothing changes any more.
-            assert found["pushes"] == ([3, 4, 4] if resume is None else [1, 2, 2])
+            # One before each step, one before the first evaluation, none while nothing changes, one after that.
+            assert found["pushes"] == ([3, 4, 4, 5] if resume is None else [1, 2, 2, 3])
             assert found["mismatch"] < 1e-3
             assert found["verified"][:2] == (True, True), found["verified"]
