@@ -12,10 +12,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from hf_nvfp4_qat.distributed.failures import failures_of_all
 from hf_nvfp4_qat.modules.global_scale import own_experts, own_part, own_slice
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-from hf_nvfp4_qat.numerics.wire import encode_rows, packed_rows, part_num_rows
+from hf_nvfp4_qat.numerics.wire import encode_rows, packed_rows, part_num_bytes, part_num_rows
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -62,6 +63,8 @@ def gather_packed(
 
     What is not sharded by rows alone (tensor parallelism besides) is gathered whole and then quantized.
 
+    A process that fails to quantize takes part in all gathers before it raises, so that the others do not wait for it.
+
     Args:
         weights: ``[N, K]``, or experts ``[E, N, K]``, sharded or not.
         global_decode_scales: float32 ``[]``, or ``[E]``, each; powers of two or NaN.
@@ -69,65 +72,90 @@ def gather_packed(
     """
     packed: dict[int, NVFP4Tensor] = {}
     by_place: dict[tuple[Any, int], list[int]] = {}
+    failure: Exception | None = None
     for number, weight in enumerate(weights):
         axis = _row_axis(weight)
         if axis is None:
-            scale = global_decode_scales[number]
-            packed[number] = quantize_unchecked(full_tensor(weight), scale, scale_rule=scale_rule)
+            whole = full_tensor(weight)
+            try:
+                packed[number] = quantize_unchecked(whole, global_decode_scales[number], scale_rule=scale_rule)
+            except Exception as error:
+                failure = failure or error
         else:
             assert isinstance(weight, DTensor)
             by_place.setdefault((weight.device_mesh, axis), []).append(number)
     for (mesh, axis), numbers in by_place.items():
         num_parts = mesh.size(axis)
-        parts = []
-        for number in numbers:
-            num_rows = part_num_rows(weights[number].shape[0], num_parts)
-            scale = global_decode_scales[number][own_experts(weights[number])]
-            parts.append(encode_rows(own_part(weights[number]), scale, num_rows=num_rows, scale_rule=scale_rule))
-        mine = torch.cat(parts)
+        num_rows = [part_num_rows(weights[number].shape[0], num_parts) for number in numbers]
+        num_bytes = [
+            sum(part_num_bytes(rows, weights[number].shape[1:])) for number, rows in zip(numbers, num_rows, strict=True)
+        ]
+        mine = torch.empty(sum(num_bytes), dtype=torch.uint8, device=own_part(weights[numbers[0]]).device)
+        try:
+            for number, rows, part in zip(numbers, num_rows, mine.split(num_bytes), strict=True):
+                scale = global_decode_scales[number][own_experts(weights[number])]
+                part.copy_(encode_rows(own_part(weights[number]), scale, num_rows=rows, scale_rule=scale_rule))
+        except Exception as error:
+            failure = failure or error
         gathered = mine.new_empty(num_parts * len(mine))
         dist.all_gather_into_tensor(gathered, mine, group=mesh.get_group(axis))
-        per_weight = gathered.view(num_parts, -1).split([len(part) for part in parts], dim=1)
-        for number, columns in zip(numbers, per_weight, strict=True):
-            packed[number] = packed_rows(columns, global_decode_scales[number], weights[number].shape)
+        if failure is None:
+            per_weight = gathered.view(num_parts, -1).split(num_bytes, dim=1)
+            for number, columns in zip(numbers, per_weight, strict=True):
+                packed[number] = packed_rows(columns, global_decode_scales[number], weights[number].shape)
+    if failure is not None:
+        raise failure
     return [packed[number] for number in range(len(weights))]
 
 
 def on_main_process(write: Callable[[Iterator[_Item]], list[_Result]], items: Iterator[_Item]) -> list[_Result]:
     """Let the first process write what all processes of the default group make together.
 
-    An error that one process alone meets while it makes an item (it ran out of memory, say) leaves the others waiting
-    for it, as any collective does.
-
     Args:
-        write: consumes the items, on the first process.
-        items: each takes all processes to make, so all of them go through it to the end, whatever happens to `write`.
+        write: consumes the items to their end, on the first process, before it makes anything final: the end raises if
+            another process failed to make an item, which is garbage on all of them then.
+        items: each takes all processes to make, so all of them go through it to the end, whatever happens to `write` or
+            to an item. So it must go on after an error, as ``map`` does and a generator does not, and what makes an
+            item must take part in every collective before it raises.
 
     Returns:
         What `write` returns; an empty list on the other processes.
 
     Raises:
-        Exception: on the first process what `write` raised, on the others a RuntimeError that says so; on any process
-            what making an item raised.
+        Exception: on a process that failed, what `write` or the making of an item raised; on the others a RuntimeError
+            that says which process failed and why.
     """
+    world = [dist.group.WORLD]
     error: Exception | None = None
     written: list[_Result] = []
+    failures: list[str] | None = None
+
+    def until_all_are_made() -> Iterator[_Item]:
+        nonlocal failures
+        yield from items
+        failures = failures_of_all(None, world)
+        if failures:
+            raise RuntimeError(f"Nothing was saved, because a process failed. It is {failures[0]}")
+
     try:
         if dist.get_rank() == 0:
-            written = write(items)
+            written = write(until_all_are_made())
     except Exception as raised:
         error = raised
-    try:
-        for _ in items:
-            pass
-    except Exception as raised:
-        error = error or raised
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}")
+    if failures is None:
+        while True:
+            try:
+                next(items)
+            except StopIteration:
+                break
+            except Exception as raised:
+                error = error or raised
+        failures = failures_of_all(error, world)
+    failures = failures or failures_of_all(error, world)  # the first process may fail after all are made
     if error is not None:
         raise error
-    if failed := [(rank, message) for rank, message in enumerate(messages) if message]:
-        raise RuntimeError(f"Nothing was saved: process {failed[0][0]} failed with {failed[0][1]}")
+    if failures:
+        raise RuntimeError(f"Nothing was saved, because a process failed. It is {failures[0]}")
     return written
 
 
