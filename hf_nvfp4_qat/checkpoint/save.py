@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +93,7 @@ def save_nvfp4(
     def write(weights: Iterator[dict[str, torch.Tensor]]) -> list[str]:
         with staged_files(path) as staged:
             write_weights(files, weights, staged, dialect=dialect, progress=progress)
+            next(weights, None)  # the end, which raises if another process failed
             for name, content in configs.items():
                 staged.write_json(name, content)
             if model.can_generate():
@@ -151,8 +153,8 @@ def plan_files(sources: list[TensorSource], *, max_shard_size: int | str) -> dic
 
 
 def packed_weights(files: dict[str, list[TensorSource]]) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors of each weight, packed when asked for, in the order of the plan."""
-    return (source.tensors() for sources in files.values() for source in sources)
+    """The tensors of each weight, packed when asked for, in the order of the plan; after an error it goes on."""
+    return map(TensorSource.tensors, chain.from_iterable(files.values()))
 
 
 def write_weights(

@@ -14,28 +14,68 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_nvfp4_qat.rollout.vllm_versions import NEWEST_TESTED, OLDEST, installed_vllm, is_tested
+
 # Below vLLM's logger, whose handler shows the line in every process of the engine.
 logger = logging.getLogger("vllm.hf_nvfp4_qat")
 
 
 def register() -> None:
-    """On a CPU, put our kernel where vLLM looks for Marlin's; anywhere else, do nothing."""
-    from vllm.platforms import current_platform
+    """On a CPU, put our kernel where vLLM looks for Marlin's; anywhere else, do nothing.
 
-    if not current_platform.is_cpu():
-        return
-    from vllm.model_executor.kernels import linear
+    vLLM calls this whenever it starts, also where nobody needs NVFP4. So it raises nothing: where vLLM does not have
+    what is replaced here, one line says so and vLLM starts without us.
+    """
+    try:
+        from vllm.platforms import current_platform
 
-    if issubclass(linear.MarlinNvFp4LinearKernel, _Marker):
+        if not current_platform.is_cpu():
+            return
+        replacements = _replacements(current_platform._enum)
+    except Exception as error:
+        logger.warning(
+            "hf_nvfp4_qat: NVFP4 weights do not run on this CPU, because this version of vLLM has other names "
+            "(%s: %s); versions %s to %s are tested. Everything else runs.",
+            type(error).__name__,
+            error,
+            OLDEST,
+            NEWEST_TESTED,
+        )
         return
-    linear._POSSIBLE_NVFP4_KERNELS.setdefault(current_platform._enum, [linear.EmulationNvFp4LinearKernel])
-    linear.MarlinNvFp4LinearKernel = _make_kernel(linear.MarlinNvFp4LinearKernel)
-    experts: Any = import_module(
+    # Nothing can fail from here on, so nothing is half replaced.
+    for owner, name, value in replacements:
+        setattr(owner, name, value)
+    if replacements:
+        logger.info("hf_nvfp4_qat: NVFP4 weights run on this CPU through a reference GEMM (not vLLM's own kernel).")
+
+
+def _replacements(cpu: Any) -> list[tuple[Any, str, Any]]:
+    """What to replace in vLLM, as (module, name, new value); nothing if that is done already.
+
+    Args:
+        cpu: vLLM's name of the platform.
+    """
+    linear = import_module("vllm.model_executor.kernels.linear")
+    experts = import_module(
         "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe"
         ".compressed_tensors_moe_w4a4_nvfp4"
     )
-    experts.CompressedTensorsW4A4Nvfp4MoEMethod = _make_experts_method(experts.CompressedTensorsW4A4Nvfp4MoEMethod)
-    logger.info("hf_nvfp4_qat: NVFP4 weights run on this CPU through a reference GEMM (not vLLM's own kernel).")
+    kernel, method = linear.MarlinNvFp4LinearKernel, experts.CompressedTensorsW4A4Nvfp4MoEMethod
+    if issubclass(kernel, _Marker):
+        return []
+    if not is_tested(version := installed_vllm()):
+        logger.warning(
+            "hf_nvfp4_qat: NVFP4 on a CPU is tested with vLLM %s to %s; %s is installed.",
+            OLDEST,
+            NEWEST_TESTED,
+            version,
+        )
+    kernels = {cpu: [linear.EmulationNvFp4LinearKernel], **linear._POSSIBLE_NVFP4_KERNELS}
+    return [
+        (linear, "_POSSIBLE_NVFP4_KERNELS", kernels),
+        (linear, "MarlinNvFp4LinearKernel", _make_kernel(kernel)),
+        (experts, "CompressedTensorsW4A4Nvfp4MoEMethod", _make_experts_method(method)),
+    ]
 
 
 class _Marker:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.modules.swap import fused_experts
-from hf_nvfp4_qat.rollout.sync import worker_of
+from hf_nvfp4_qat.rollout.sync import reset_caches, worker_of
 from hf_nvfp4_qat.rollout.vllm_versions import moe_routers
 
 
@@ -146,22 +146,31 @@ def engine_routing(llm: Any, outputs: Iterable[Any]) -> dict[tuple[int, ...], En
 def recorded_outputs(llm: Any) -> Iterator[dict[tuple[int, ...], EngineSequence]]:
     """Record ``engine_routing`` of all that `llm` generates in this context, while it still has the weights."""
     found: dict[tuple[int, ...], EngineSequence] = {}
-    original = llm.generate
+    was_replaced, original = "generate" in vars(llm), llm.generate
+    is_recording = True
 
     def generate(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_recording
         outputs = original(*args, **kwargs)
-        llm.generate = original
-        try:
-            found.update(engine_routing(llm, outputs))
-        finally:
-            llm.generate = generate
+        if is_recording:
+            is_recording = False  # what follows generates too
+            try:
+                found.update(engine_routing(llm, outputs))
+            finally:
+                is_recording = True
         return outputs
 
     llm.generate = generate
     try:
         yield found
     finally:
-        del llm.generate
+        is_recording = False
+        # Else somebody has put a function of his own around this one, which then only passes calls on.
+        if llm.generate is generate:
+            if was_replaced:
+                llm.generate = original
+            else:
+                del llm.generate
 
 
 def compare_routing(
@@ -205,14 +214,15 @@ def _watched_prefill(llm: Any, tokens: tuple[int, ...]) -> torch.Tensor:
 
     seen: dict[int, list[torch.Tensor]] = {}
     routers = moe_routers(worker_of(llm).model_runner.get_model())
-    llm.reset_prefix_cache()  # what is cached is not computed
+    reset_caches(llm)  # what is cached is not computed
+    before = {layer: router.capture_fn for layer, router in routers.items()}
     for layer, router in routers.items():
         router.set_capture_fn(lambda ids, layer=layer: seen.setdefault(layer, []).append(ids.long().cpu()))
     try:
         llm.generate([{"prompt_token_ids": list(tokens)}], SamplingParams(max_tokens=1), use_tqdm=False)
     finally:
-        for router in routers.values():
-            router.set_capture_fn(None)
+        for layer, router in routers.items():
+            router.set_capture_fn(before[layer])
     chosen = {layer: torch.cat(parts) for layer, parts in seen.items()}
     if chosen.keys() != routers.keys() or any(len(experts) != len(tokens) for experts in chosen.values()):
         raise ValueError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from hf_nvfp4_qat.checkpoint.names import activations_of
 from hf_nvfp4_qat.rollout.stream import TensorLayout
@@ -107,6 +107,32 @@ def _served_config(info: dict[str, Any], ours: str, base_url: str) -> dict[str, 
                 f"trains {ours}. Serve that, or make the config readable under the same name."
             ) from error
         return dict(overrides or {})
+
+
+def reset_server_caches(base_url: str, *, timeout: float) -> None:
+    """Empty every cache of what the server computed with its weights, and make sure that it did.
+
+    Args:
+        base_url: of the server.
+        timeout: seconds to wait for requests of others, which keep caches in use.
+
+    Raises:
+        RuntimeError: its prefix cache is still in use.
+    """
+    deadline = time.monotonic() + timeout
+    while not _post(f"{base_url}/reset_prefix_cache?reset_external=true").get("success"):
+        if time.monotonic() >= deadline:
+            raise RuntimeError(
+                f"The vLLM server at {base_url} could not empty its prefix cache, which holds results of the old "
+                f"weights, for {timeout:g} s: it has unfinished requests. Let nobody else use it, or restart it."
+            )
+        time.sleep(0.2)
+    _post(f"{base_url}/reset_encoder_cache")
+
+
+def _post(url: str) -> dict[str, Any]:
+    with urlopen(Request(url, method="POST"), timeout=30) as response:
+        return json.loads(response.read() or "{}")
 
 
 def check_alignment(layout: Sequence[TensorLayout]) -> None:

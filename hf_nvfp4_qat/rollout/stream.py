@@ -19,8 +19,9 @@ of all layers back until it comes. Or, for a receiver that knows where they go, 
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
@@ -68,7 +69,9 @@ class TensorLayout:
 
 
 class RolloutStream:
-    """One push of a QAT model's packed weights. Iterate it once; sharded models need every process to iterate.
+    """One push of a QAT model's packed weights.
+
+    Of a sharded model every process iterates, to the end. One that cannot go on calls ``take_part`` instead.
 
     Attributes:
         layout: the tensors that will come, in order.
@@ -102,6 +105,9 @@ class RolloutStream:
         self.quantizes_input = packed[0].input_amax is not None
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
         self.ignored_layers = ignored_layers(model, sources)
+        # What takes all processes and is still to come, in the order that is the same on all of them.
+        self._gathers: Iterator[Callable[[], Any]] = iter(())
+        self._gathered: dict[str, NVFP4Tensor] = {}
 
     def stack_experts(self, is_stacked: bool = True) -> None:
         """Let each fused weight come in one piece, under its module's name, or not; before anything is read."""
@@ -147,20 +153,23 @@ class RolloutStream:
             fresh: copy pass-through weights that need no conversion. False is for a receiver that has copied
                 everything before the next training step, and saves it a copy of the embedding.
         """
-        gathered: dict[str, NVFP4Tensor] = {}
-        for number, (group, layout) in enumerate(zip(self._groups, self._group_layouts, strict=True)):
+        self._gathers, self._gathered = self._gathers_of_a_push(), {}
+        return self._tensors(observe, fresh)
+
+    def _tensors(self, observe: Callable[[str, torch.Tensor, NVFP4Tensor], None], fresh: bool) -> Iterator[NamedTensor]:
+        for group, layout in zip(self._groups, self._group_layouts, strict=True):
             tensors = {}
             for source in group:
                 if source.global_decode_scale is None:
-                    weight = source.load()
+                    weight = next(self._gathers)()
                     tensors[source.name] = weight.to(source.dtype, memory_format=torch.contiguous_format, copy=fresh)
                     del weight
                     continue
                 if source.shard is not None:
-                    if source.name not in gathered:
-                        gathered = self._gather_layer(number)
-                    packed = gathered.pop(source.name)
-                    observe(source.name, *own_rows(source.shard(), packed))
+                    if source.name not in self._gathered:
+                        next(self._gathers)()
+                    observe(source.name, *next(self._gathers)())
+                    packed = self._gathered.pop(source.name)
                 else:
                     weight = source.load()
                     packed = quantize_unchecked(weight, source.global_decode_scale(), scale_rule=source.scale_rule)
@@ -171,6 +180,31 @@ class RolloutStream:
                 # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
                 yield item.name, tensors.pop(item.name)
 
+    def take_part(self) -> None:
+        """After an error, run the gathers that the other processes still wait for, and drop what they bring.
+
+        A gather that itself fails, for want of memory say, leaves the others waiting, as any collective does.
+        """
+        self._gathered = {}
+        for gather in self._gathers:
+            with suppress(Exception):
+                gather()
+            self._gathered = {}
+
+    def _gathers_of_a_push(self) -> Iterator[Callable[[], Any]]:
+        """One call each, in the order in which ``tensors`` needs them."""
+        seen: set[str] = set()
+        for number, group in enumerate(self._groups):
+            for source in group:
+                if source.global_decode_scale is None:
+                    yield source.load
+                elif source.shard is not None:
+                    if source.name not in seen:
+                        layer = self._rest_of_layer(number)
+                        seen.update(other.name for other in layer)
+                        yield partial(self._gather, layer)
+                    yield partial(self._own_rows, source)
+
     def _under_names(self, source: TensorSource, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
         if self.is_stacked and source.parts:
             return to_checkpoint(source.name, packed)
@@ -178,21 +212,29 @@ class RolloutStream:
         one = torch.ones(1, dtype=torch.float32, device=packed.packed.device)
         return tensors | dict.fromkeys(_input_scales(source), one)
 
-    def _gather_layer(self, number: int) -> dict[str, NVFP4Tensor]:
-        """The sharded weights of group `number` and of the rest of its decoder layer, in one all-gather."""
+    def _rest_of_layer(self, number: int) -> list[TensorSource]:
+        """The sharded weights of group `number` and of the groups behind it in the same decoder layer."""
         layer = _decoder_layer(self._groups[number][0].name)
         same_layer = takewhile(lambda group: _decoder_layer(group[0].name) == layer, self._groups[number:])
-        sources = [source for group in same_layer for source in group if source.shard is not None]
+        return [source for group in same_layer for source in group if source.shard is not None]
+
+    def _gather(self, sources: list[TensorSource]) -> None:
+        """All of `sources`, in one all-gather."""
         scales = [source.global_decode_scale() for source in sources if source.global_decode_scale is not None]
         shards = [source.shard() for source in sources if source.shard is not None]
         packed = gather_packed(shards, scales, sources[0].scale_rule)
-        return {source.name: tensor for source, tensor in zip(sources, packed, strict=True)}
+        self._gathered = {source.name: tensor for source, tensor in zip(sources, packed, strict=True)}
+
+    def _own_rows(self, source: TensorSource) -> tuple[torch.Tensor, NVFP4Tensor]:
+        assert source.shard is not None
+        # None where `take_part` runs: a weight that is not sharded by rows is gathered all the same.
+        return own_rows(source.shard(), self._gathered.get(source.name))  # type: ignore[arg-type]
 
     def weights(self) -> Iterator[tuple[TensorSource, torch.Tensor]]:
         """(source, whole master weight), in the same order, unpacked: to compare an engine with."""
-        for group in self._groups:
-            for source in group:
-                yield source, source.load()
+        sources = [source for group in self._groups for source in group]
+        self._gathers = iter([source.load for source in sources])
+        return ((source, next(self._gathers)()) for source in sources)
 
 
 def _decoder_layer(name: str) -> str:

@@ -5,7 +5,8 @@
     sync(engine, model)     every weight, every time; the engine then computes with exactly the weights in training
     check(engine, model)    read the engine's weights back through its own GEMMs and compare them bit for bit
 
-An engine that has not been filled yet, or whose last push failed half-way, refuses to generate.
+An engine that has not been filled yet, or whose last push failed half-way, refuses to generate. A push empties the
+engine's caches first: what they hold was computed with the old weights.
 """
 
 import time
@@ -18,6 +19,7 @@ from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.checkpoint.stream import TensorSource
+from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all, sharding_groups
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import (
@@ -35,6 +37,8 @@ from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_versi
 
 # Attribute of vLLM's worker.
 _PLAN = "nvfp4_rollout_plan"
+# Attribute of vLLM's `llm_engine`: why it must not generate.
+_REFUSAL = "nvfp4_refusal"
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def sync(
     engine: Any,
     model: nn.Module,
     *,
+    restart_requests: bool = False,
     observe: Callable[[str, torch.Tensor, NVFP4Tensor], None] = lambda name, weight, packed: None,
 ) -> SyncReport:
     """Push all weights of a QAT model, packed, into an engine, in place.
@@ -91,30 +96,42 @@ def sync(
     Args:
         engine: a ``vllm.LLM`` that runs in this process with the NVFP4 configuration of `model`.
         model: the QAT model; if sharded, every process calls, each with its own engine.
+        restart_requests: what happens to requests that the engine has not finished. False refuses the push. True keeps
+            the tokens they have, and computes everything about them anew, with the new weights, as they go on.
         observe: called with the checkpoint name, master weight and packed weight of each quantized weight.
 
     Raises:
-        ValueError: the engine does not run in this process, or expects other tensors. Nothing was sent.
-        RuntimeError: the push failed half-way. The engine refuses to generate until a later push succeeds.
+        ValueError: the engine does not run in this process, expects other tensors, or has unfinished requests. Nothing
+            was sent.
+        RuntimeError: the push failed half-way. The engine refuses to generate until a later push succeeds. If the model
+            is sharded, a failure of one process is raised on all of them.
     """
     vllm_version()
     start = time.perf_counter()
-    worker = worker_of(engine)
     stream = RolloutStream(model)
-    plan = _plan(worker, stream)
+    groups = sharding_groups(model)  # after the stream, which puts shards in place of gathered weights
+    with failing_together(groups):
+        worker = worker_of(engine)
+        plan = _plan(worker, stream)
+        reset_caches(engine, restart_requests=restart_requests)
+    failure: Exception | None = None
     try:
         plan.load(stream.tensors(observe, fresh=False), stream.layout)
+        _wait_for_device(worker)
+    except Exception as error:
+        failure = error
+        stream.take_part()
     except BaseException as error:
-        refuse_to_generate(engine, f"its last weight push failed half-way ({type(error).__name__}: {error})")
-        if not isinstance(error, Exception):
-            raise
+        refuse_to_generate(engine, f"its last weight push was interrupted ({type(error).__name__})")
+        raise
+    failures = failures_of_all(failure, groups)
+    if failures:
+        refuse_to_generate(engine, f"its last weight push failed half-way ({failures[0]})")
         raise RuntimeError(
-            f"The push of weights into vLLM failed half-way: {type(error).__name__}: {error} The engine holds some new "
-            "and some old weights and refuses to generate until a push succeeds."
-        ) from error
+            f"The push of weights into vLLM failed half-way: {failures[0]} The engine holds some new and some old "
+            "weights and refuses to generate until a push succeeds."
+        ) from failure
     allow_to_generate(engine)
-    engine.reset_prefix_cache()
-    _wait_for_device(worker)
     return SyncReport(
         seconds=time.perf_counter() - start,
         num_bytes=stream.num_bytes,
@@ -132,8 +149,16 @@ def check(engine: Any, model: nn.Module) -> EngineCheck:
 
     Args, Raises: as ``sync``; if sharded, every process calls.
     """
-    worker = worker_of(engine)
     stream = RolloutStream(model)
+    with failing_together(sharding_groups(model)):
+        try:
+            return _compare(worker_of(engine), stream)
+        except Exception:
+            stream.take_part()
+            raise
+
+
+def _compare(worker: Any, stream: RolloutStream) -> EngineCheck:
     plan = _plan(worker, stream)
     reader = EngineReader(worker)
     is_whole = worker.parallel_config.tensor_parallel_size == 1
@@ -212,21 +237,86 @@ def worker_of(engine: Any) -> Any:
     return worker
 
 
-def refuse_to_generate(engine: Any, reason: str) -> None:
-    """Make `engine` raise on the next request, saying why."""
+def reset_caches(engine: Any, *, restart_requests: bool = False) -> None:
+    """Empty every cache of what the engine computed with its weights: prefixes, also those in other stores, and images.
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(
-            f"This engine must not generate: {reason}. Push the weights with hf_nvfp4_qat.rollout.sync.sync."
+    Args:
+        engine: a ``vllm.LLM``.
+        restart_requests: as for ``sync``.
+
+    Raises:
+        ValueError: the engine has unfinished requests, or something else that keeps a cache in use.
+    """
+    llm_engine = engine.llm_engine
+    num_unfinished = llm_engine.get_num_unfinished_requests()
+    if num_unfinished and not restart_requests:
+        raise ValueError(
+            "vLLM's caches hold results of the weights it has, and cannot be emptied while requests are unfinished; "
+            f"this engine has {num_unfinished}. Nothing was sent. Let them finish, abort them with "
+            "`llm.llm_engine.abort_request`, or let them go on with the new weights: "
+            "`sync(..., restart_requests=True)`."
         )
+    try:
+        is_reset = llm_engine.reset_prefix_cache(reset_running_requests=restart_requests, reset_connector=True)
+    except RuntimeError as error:
+        raise ValueError(f"{_CACHE_IN_USE} {error}") from error
+    if not is_reset:
+        raise ValueError(_CACHE_IN_USE)
+    llm_engine.reset_encoder_cache()
 
-    # On the instance: every way to generate (generate, chat, beam search) adds its requests here.
-    engine.llm_engine.add_request = refuse
+
+_CACHE_IN_USE = (
+    "vLLM could not empty its prefix cache, which holds results of the old weights: some of it is still in use. "
+    "Nothing was sent. Let the engine finish what it does (`llm.llm_engine.step()`), and push again."
+)
+
+
+def refuse_to_generate(engine: Any, reason: str) -> None:
+    """Make `engine` raise when it is to generate, saying why."""
+    llm_engine = engine.llm_engine
+    setattr(llm_engine, _REFUSAL, reason)
+    # On the instance: every way to generate (generate, chat, beam search) adds its requests here. And requests that
+    # are there already would go on by steps.
+    for name in ("add_request", "step"):
+        if not isinstance(getattr(llm_engine, name), _Gate):
+            setattr(llm_engine, name, _Gate(llm_engine, name))
 
 
 def allow_to_generate(engine: Any) -> None:
     """Undo ``refuse_to_generate``."""
-    vars(engine.llm_engine).pop("add_request", None)
+    llm_engine = engine.llm_engine
+    setattr(llm_engine, _REFUSAL, "")
+    for name in ("add_request", "step"):
+        while isinstance(gate := getattr(llm_engine, name), _Gate):
+            gate.remove()
+
+
+class _Gate:
+    """Stands before a method of one object, and lets calls through unless there is a refusal.
+
+    Somebody may have put a function of his own there before, or put one around the gate. The first comes back when the
+    gate is removed. Under the second a gate stays, open.
+    """
+
+    def __init__(self, llm_engine: Any, name: str) -> None:
+        self._llm_engine = llm_engine
+        self._name = name
+        self._was_replaced = name in vars(llm_engine)
+        self._original = getattr(llm_engine, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if reason := getattr(self._llm_engine, _REFUSAL):
+            raise RuntimeError(
+                f"This engine must not generate: {reason}. Push the weights with hf_nvfp4_qat.rollout.sync.sync."
+            )
+        return self._original(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        if self._was_replaced:
+            setattr(self._llm_engine, self._name, self._original)
+        else:
+            delattr(self._llm_engine, self._name)
 
 
 class _EnginePlan:

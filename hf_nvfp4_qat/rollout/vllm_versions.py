@@ -13,6 +13,7 @@ all        on some CPUs an output embedding that is tied to the input embedding 
            computes with a copy of it, made when the engine started
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
 
+logger = logging.getLogger(__name__)
+
 EMPTY_FORMAT = "nvfp4_empty"
 _empty_loader: Any = None
 
@@ -30,20 +33,41 @@ OLDEST = Version("0.26.0")
 NEWEST_TESTED = Version("0.31.0")
 
 
+_warned: set[Version] = set()
+
+
 def vllm_version() -> Version:
-    """Version of the installed vLLM, of the GPU or the CPU distribution.
+    """Version of the installed vLLM, of the GPU or the CPU distribution; a newer one than tested gets one warning.
 
     Raises:
         ValueError: older than what is supported.
     """
-    import vllm
-
-    version = Version(Version(vllm.__version__).base_version)
+    version = installed_vllm()
     if version < OLDEST:
         raise ValueError(
             f"NVFP4 rollouts need vLLM {OLDEST} or newer (tested up to {NEWEST_TESTED}); {version} is installed."
         )
+    if not is_tested(version) and version not in _warned:
+        _warned.add(version)
+        logger.warning(
+            "NVFP4 rollouts are tested up to vLLM %s; %s is installed. If something fails, install vllm==%s.",
+            NEWEST_TESTED,
+            version,
+            NEWEST_TESTED,
+        )
     return version
+
+
+def installed_vllm() -> Version:
+    """Version of the installed vLLM, whatever it is."""
+    import vllm
+
+    return Version(Version(vllm.__version__).base_version)
+
+
+def is_tested(version: Version) -> bool:
+    """Whether `version` of vLLM is in the tested range."""
+    return OLDEST <= version <= NEWEST_TESTED
 
 
 @contextmanager

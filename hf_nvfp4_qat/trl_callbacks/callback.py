@@ -2,6 +2,9 @@
 
 import inspect
 import logging
+from collections.abc import Iterator
+from functools import wraps
+from importlib.util import find_spec
 from typing import Any
 from weakref import ref
 
@@ -69,6 +72,8 @@ class NVFP4RolloutCallback(TrainerCallback):
         self.generation: NVFP4Generation | None = None
         self._trainer: ref[Trainer] | None = None
         self._is_idle = False
+        if find_spec("trl") is not None:
+            _watch_generation()
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the model, before TRL builds the engine.
@@ -93,6 +98,7 @@ class NVFP4RolloutCallback(TrainerCallback):
                 "Load it with `quantization_config=NVFP4QATConfig()` or call `prepare_qat(model)`."
             )
         mark(model, self)
+        _check_before_evaluation(trainer, self)
 
     def adopt(self, generation: NVFP4Generation) -> None:
         """Called when TRL has built its engine.
@@ -119,19 +125,28 @@ class NVFP4RolloutCallback(TrainerCallback):
         """
         if self._is_idle:
             return
+        self.check_in_force()
+        if state.is_world_process_zero:
+            print(self._startup_line(), flush=True)
+
+    def check_in_force(self) -> None:
+        """Make sure that rollouts will use the packed weights. Called before anything is generated.
+
+        Raises:
+            ValueError: the callback came too late, or the trainer has an engine of its own kind.
+        """
+        if self._is_idle or self.generation is not None:
+            return
         trainer = self._trainer() if self._trainer else None
         if trainer is None:
             raise ValueError(
                 "NVFP4RolloutCallback came after TRL had built its engine, from unquantized weights. Pass it to the "
                 "trainer: `callbacks=[NVFP4RolloutCallback()]`, not `add_callback`."
             )
-        if self.generation is None:
-            raise ValueError(
-                "NVFP4RolloutCallback works with TRL trainers built on VLLMGeneration (GRPO, RLOO, distillation and "
-                f"others); {type(trainer).__name__} generates in another way."
-            )
-        if state.is_world_process_zero:
-            print(self._startup_line(), flush=True)
+        raise ValueError(
+            "NVFP4RolloutCallback works with TRL trainers built on VLLMGeneration (GRPO, RLOO, distillation and "
+            f"others); {type(trainer).__name__} generates in another way."
+        )
 
     def _startup_line(self) -> str:
         import transformers
@@ -165,19 +180,64 @@ class NVFP4RolloutCallback(TrainerCallback):
         record_routing(trainer, generation.trl.llm, self.routing_every)
 
     def _quantize_ref_model(self, trainer: Any, model: Any) -> None:
-        ref_model = getattr(trainer, "ref_model", None)
+        ref_model = getattr(trainer, "ref_model", None)  # trainers without a KL penalty have none
         if ref_model is None:
             logger.warning("`quantize_ref_model` does nothing: there is no reference model (`beta` is 0).")
         elif not qat_weights(ref_model):
             prepare_qat(ref_model, getattr(getattr(model, "hf_quantizer", None), "quantization_config", None))
 
 
+def _watch_generation() -> None:
+    """Have TRL's ``VLLMGeneration`` look for callbacks that came too late, before it generates.
+
+    Such a callback gets no call before the first generation of `trainer.evaluate()`, and no call tells it its trainer.
+    """
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    original = VLLMGeneration.generate
+    if getattr(original, "nvfp4", False):
+        return
+
+    @wraps(original)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for callback in _callbacks_of_calling_trainer():
+            callback.check_in_force()
+        return original(self, *args, **kwargs)
+
+    generate.nvfp4 = True  # type: ignore[attr-defined]
+    VLLMGeneration.generate = generate
+
+
+def _check_before_evaluation(trainer: Trainer, callback: NVFP4RolloutCallback) -> None:
+    """Have `trainer` ask `callback` before `evaluate()` and `predict()`, which generate before they call a callback."""
+    original = trainer.evaluation_loop
+
+    def evaluation_loop(*args: Any, **kwargs: Any) -> Any:
+        if callback in trainer.callback_handler.callbacks:
+            callback.check_in_force()
+        return original(*args, **kwargs)
+
+    trainer.evaluation_loop = evaluation_loop  # type: ignore[method-assign]
+
+
+def _callbacks_of_calling_trainer() -> list[NVFP4RolloutCallback]:
+    trainer = next(_trainers_above(), None)
+    return [cb for cb in trainer.callback_handler.callbacks if isinstance(cb, NVFP4RolloutCallback)] if trainer else []
+
+
 def _calling_trainer(model: nn.Module) -> Trainer:
     """The trainer whose constructor is calling: callbacks get no reference to it, so the frames above are asked."""
+    for trainer in _trainers_above():
+        if getattr(trainer, "model", None) is model:
+            return trainer
+    raise RuntimeError("NVFP4RolloutCallback.on_init_end is called by a Trainer, from its constructor; none was found.")
+
+
+def _trainers_above() -> Iterator[Trainer]:
+    """Trainers whose methods are on the stack, the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
         trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer) and getattr(trainer, "model", None) is model:
-            return trainer
+        if isinstance(trainer, Trainer):
+            yield trainer
         frame = frame.f_back
-    raise RuntimeError("NVFP4RolloutCallback.on_init_end is called by a Trainer, from its constructor; none was found.")

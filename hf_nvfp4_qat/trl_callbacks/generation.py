@@ -15,19 +15,25 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.utils import broadcast_object_list
-from packaging.version import Version
+import torch.distributed as dist
 from torch import nn
 
+from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all
 from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.modules.swap import weights_epoch
 from hf_nvfp4_qat.rollout.engine import kernel_name
-from hf_nvfp4_qat.rollout.server import check_alignment, check_server, start_command, with_start_command
+from hf_nvfp4_qat.rollout.server import (
+    check_alignment,
+    check_server,
+    reset_server_caches,
+    start_command,
+    with_start_command,
+)
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
 from hf_nvfp4_qat.rollout.sync import (
     EngineCheck,
@@ -42,10 +48,9 @@ from hf_nvfp4_qat.rollout.sync import (
 )
 from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
 from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample
+from hf_nvfp4_qat.trl_callbacks.trl_versions import check_trl, private, sharding_of, weights_sleep
 
 logger = logging.getLogger(__name__)
-
-OLDEST_TRL = Version("1.16.0")
 
 
 class Rollout(Protocol):
@@ -75,14 +80,12 @@ def mark(model: nn.Module, rollout: Rollout) -> None:
 
 
 def _wrap_engine_construction() -> None:
-    import trl
+    check_trl()
     from trl.generation.vllm_generation import VLLMGeneration
 
     original = VLLMGeneration._init_vllm
     if getattr(original, "nvfp4", False):
         return
-    if Version(trl.__version__) < OLDEST_TRL or not hasattr(VLLMGeneration, "_iter_named_params"):
-        raise ValueError(f"NVFP4 rollouts need TRL {OLDEST_TRL} or newer; {trl.__version__} is installed.")
 
     @wraps(original)
     def _init_vllm(self: Any) -> None:
@@ -123,6 +126,7 @@ class NVFP4Generation:
         self._push: Callable[[], None]
         self._stream: RolloutStream | None = None
         self._failure: Exception | None = None
+        self._groups: list[Any] = []
         # Why generation is refused, and the epoch of the weights that the engine has.
         self._refusal = "no weights were pushed yet"
         self._pushed_epoch = -1
@@ -134,15 +138,19 @@ class NVFP4Generation:
             ValueError: FSDP1, ZeRO, a server without NVFP4 or with another model, an engine without NVFP4.
         """
         vllm_version()
-        if self.trl._dist.fsdp_version == 1:
+        fsdp_version, zero_stage = sharding_of(self.trl)
+        if fsdp_version == 1:
             raise ValueError(
                 "NVFP4 rollouts need FSDP2: TRL loses track of the root of an FSDP1 model. Set fsdp_version: 2."
             )
-        if self.trl._dist.zero_stage:
+        if zero_stage:
             raise ValueError(
-                "NVFP4 QAT does not work with DeepSpeed ZeRO yet: it writes weights in ways that leave their global "
-                f"scales behind; got stage {self.trl._dist.zero_stage}. Use FSDP2, or plain data parallelism."
+                f"NVFP4 rollouts do not work with DeepSpeed ZeRO yet; got stage {zero_stage}. Training without "
+                "rollouts does. Use FSDP2, or plain data parallelism."
             )
+        if self.trl.accelerator.num_processes > 1 and (fsdp_version or self.trl.mode == "server"):
+            # Every process pushes at the same time, and none can push without the others.
+            self._groups = [dist.group.WORLD]
         stream = RolloutStream(self.trl.model)
         self.num_packed = stream.num_packed
         if self.trl.mode == "server":
@@ -156,6 +164,7 @@ class NVFP4Generation:
 
     def _take_over_engine(self, stream: RolloutStream) -> None:
         llm = self.trl.llm
+        weights_sleep(self.trl)  # raises now what would raise later
         worker = worker_of(llm)
         served = type(worker.model_runner.get_model()).__name__
         if served.startswith("Transformers"):
@@ -182,6 +191,7 @@ class NVFP4Generation:
                 "The model trains with NVFP4 inputs (W4A4), and a server does not tell whether its kernel quantizes "
                 "them: GPUs before Blackwell leave it out. Use colocate mode, or train with `activations='bf16'`."
             )
+        private(trl, "_weight_metadata")  # raises now what would raise later
         config = stream.quantization_config
         base_url = trl.server_base_url or f"http://{trl.server_host}:{trl.server_port}"
         command = start_command(trl.model.name_or_path, config, base_url)
@@ -194,7 +204,7 @@ class NVFP4Generation:
         self.kernel = "in the server"
         trl._weight_metadata = _metadata(stream)
         trl._iter_named_params = self._tensors_for_server
-        self._push = self._push_to_server
+        self._push = partial(self._push_to_server, base_url)
 
     def _push_and_remember(self) -> None:
         """Replaces TRL's ``sync_weights``. Generation is refused until it has succeeded."""
@@ -216,7 +226,7 @@ class NVFP4Generation:
         """
         if self._is_outdated():
             self.trl.sync_weights()
-        if self._refusal and not (self.trl.mode == "colocate" and getattr(self.trl, "_llm_weights_sleeping", False)):
+        if self._refusal and not (self.trl.mode == "colocate" and weights_sleep(self.trl)):
             raise RuntimeError(f"vLLM must not generate: {self._refusal}.")
         try:
             return self._generate_of_trl(*args, **kwargs)
@@ -235,20 +245,22 @@ class NVFP4Generation:
     def _push_into_engine(self) -> None:
         """Wake the weights, push, and prove the first pushes and every few more."""
         trl = self.trl
-        if trl.enable_sleep_mode:
-            from trl.generation.vllm_generation import empty_cache
+        with failing_together(self._groups):
+            if trl.enable_sleep_mode:
+                from trl.generation.vllm_generation import empty_cache
 
-            refuse_to_generate(trl.llm, "sleep mode discarded its weights")
-            empty_cache()
-            trl.llm.wake_up(tags=["weights"])
+                refuse_to_generate(trl.llm, "sleep mode discarded its weights")
+                empty_cache()
+                trl.llm.wake_up(tags=["weights"])
         self.last_report = sync(trl.llm, trl.model, observe=self.sample.observe)
         every = self._rollout.check_every
         # The second push is the first that repeats recorded copies.
         if self.num_pushes < 2 or (every and self.num_pushes % every == 0):
             refuse_to_generate(trl.llm, "its weights were not compared with the trainer's yet")
             self.last_check = check(trl.llm, trl.model)
-            if not self.last_check.ok:
-                self._refuse_different(self.last_check)
+            with failing_together(self._groups):
+                if not self.last_check.ok:
+                    self._refuse_different(self.last_check)
             if skipped := self.last_check.not_compared:
                 logger.warning(
                     "%d weights could not be compared with the engine's, since vLLM rearranges them while it loads "
@@ -269,24 +281,29 @@ class NVFP4Generation:
         refuse_to_generate(self.trl.llm, reason)
         raise RuntimeError(f"vLLM took the push, but {reason} (kernel {self.kernel}, vLLM {vllm_version()}).")
 
-    def _push_to_server(self) -> None:
+    def _push_to_server(self, base_url: str) -> None:
         start = time.perf_counter()
         # Here, and not in the generator: the server would wait for ever for tensors that an error keeps back.
         stream = self._stream = RolloutStream(self.trl.model)
-        if _metadata(stream) != self.trl._weight_metadata:
-            raise ValueError(
-                "The model's tensors changed since the server was told of them. Restart trainer and server."
-            )
+        with failing_together(self._groups):
+            if _metadata(stream) != self.trl._weight_metadata:
+                raise ValueError(
+                    "The model's tensors changed since the server was told of them. Restart trainer and server."
+                )
         self._failure = None
         try:
             self._push_of_trl()
+            if self.trl.accelerator.is_main_process:
+                # TRL asks for this too, and does not look at the answer.
+                reset_server_caches(base_url, timeout=self.trl.server_timeout)
         except Exception as error:
-            self._failure = error
-        (failure,) = broadcast_object_list([self._failure and f"{type(self._failure).__name__}: {self._failure}"])
-        if failure:
-            self._refusal = f"the last push of weights to the server failed half-way ({failure})"
+            # The error of the packing comes first: it may be why the transfer fails too.
+            self._failure = self._failure or error
+            stream.take_part()
+        if failures := failures_of_all(self._failure, self._groups):
+            self._refusal = f"the last push of weights to the server failed half-way ({failures[0]})"
             raise RuntimeError(
-                f"The push of weights to the server failed half-way: {failure} The server holds some new weights, "
+                f"The push of weights to the server failed half-way: {failures[0]} The server holds some new weights, "
                 "and is not asked to generate until a push succeeds."
             ) from self._failure
         self.last_report = SyncReport(
@@ -300,8 +317,9 @@ class NVFP4Generation:
     def _tensors_for_server(self) -> Iterator[NamedTensor]:
         """Replaces TRL's parameter generator.
 
-        The server waits for everything that was announced, and the trainer for the server. So after an error the rest
-        is sent as zeros, and the error is raised when the transfer is over.
+        The server waits for everything that was announced, the trainer for the server, and each process for the others.
+        So after an error this process goes on to take part, sends the rest as zeros, and the error is raised when the
+        transfer is over.
         """
         stream = self._stream
         assert stream is not None
@@ -313,6 +331,7 @@ class NVFP4Generation:
         except Exception as error:
             logger.error("Packing weights for the server failed: %s", error)
             self._failure = error
+            stream.take_part()
             for item in stream.layout[num_sent:]:
                 yield item.name, torch.zeros(item.shape, dtype=item.dtype, device=self.trl.accelerator.device)
 
@@ -337,4 +356,5 @@ def _engine_made_with(given: dict[str, Any], required: dict[str, Any]) -> Iterat
     try:
         yield
     finally:
-        vllm_generation.LLM = original
+        if vllm_generation.LLM is make_engine:  # else somebody has put his own in its place
+            vllm_generation.LLM = original

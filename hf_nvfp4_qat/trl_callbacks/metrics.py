@@ -8,6 +8,12 @@ import torch
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.routing import compare_routing, recorded_outputs, recorded_routing
+from hf_nvfp4_qat.trl_callbacks.trl_versions import (
+    compared_tensors,
+    compares_log_probabilities,
+    metrics_of,
+    private,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +113,10 @@ def record(trainer: Any, **metrics: float) -> None:
     """Add ``nvfp4/`` metrics to a TRL trainer's own: they reach the log history and every tracker, averaged like those.
 
     Args:
-        trainer: a TRL trainer; one without metrics of its own is left alone.
+        trainer: a TRL trainer; one of another library without metrics of its own is left alone.
         metrics: name without prefix, and value.
     """
-    recorded = getattr(trainer, "_metrics", None)
+    recorded = metrics_of(trainer)
     if recorded is not None:
         mode = "train" if trainer.model.training else "eval"
         for name, value in metrics.items():
@@ -122,18 +128,19 @@ def record_mismatch(trainer: Any) -> None:
 
     Works without NVFP4 too, to have a baseline in the same units. Trainers that do not compare sampler and
     trainer (RLOO, or GRPO with ``vllm_importance_sampling_correction=False``) record nothing.
+
+    Raises:
+        ValueError: a TRL version that does not let itself be watched.
     """
-    original = getattr(trainer, "_generate_and_score_completions", None)
-    if original is None:
+    metrics_of(trainer)  # raises now what would raise later
+    if not compares_log_probabilities(trainer):
         return
+    original = trainer._generate_and_score_completions
 
     def generate_and_score(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
-        sampler, own = output.get("sampling_per_token_logps"), output.get("old_per_token_logps")
-        ratio = output.get("importance_sampling_ratio")
-        if sampler is not None and own is not None and ratio is not None:
-            mask = output["completion_mask"] * output.get("tool_mask", 1)
-            _record_comparison(trainer, sampler, own, mask, ratio)
+        sampler, own, ratio, mask = compared_tensors(output)
+        _record_comparison(trainer, sampler, own, mask, ratio)
         return output
 
     trainer._generate_and_score_completions = generate_and_score
@@ -151,9 +158,9 @@ def record_routing(trainer: Any, llm: Any, every: int) -> None:
         every: batches of rollouts between two comparisons; the first is compared.
 
     Raises:
-        ValueError: a model without fused experts.
+        ValueError: a model without fused experts, or a trainer without rollouts that can be watched.
     """
-    original = trainer._generate_and_score_completions
+    original = private(trainer, "_generate_and_score_completions")
     model = trainer.accelerator.unwrap_model(trainer.model)
     with recorded_routing(model):
         pass  # raises now what would raise later

@@ -1,5 +1,6 @@
 """FSDP2 with the NVFP4 gather: bit for bit what fake quantization in forward gives under the same sharding."""
 
+import logging
 import math
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_nvfp4_qat import NVFP4QATConfig, fake_quantize_nvfp4, prepare_qat, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat.distributed import fsdp_versions
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed, stop_packed_gather, use_packed_gather
 from hf_nvfp4_qat.modules import global_scale
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
@@ -439,3 +441,52 @@ def _saved_on_gpus(rank: int) -> tuple[int, bool]:
 @pytest.mark.parametrize("num_gpus", [1, pytest.param(2, marks=pytest.mark.multi_gpu)])
 def test_saving_on_gpus(num_gpus):
     assert in_processes(_saved_on_gpus, num_gpus, on_gpus=True) == [(52, True)] * num_gpus
+
+
+def test_a_newer_pytorch_than_tested_gets_one_warning(monkeypatch, caplog):
+    fsdp_versions._warn_if_untested.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="hf_nvfp4_qat"):
+        list(fsdp_versions.fsdp_parameters(nn.Linear(16, 16)))
+        assert not caplog.records
+        monkeypatch.setattr(torch, "__version__", "9.9.0+cpu")
+        for _ in range(3):
+            list(fsdp_versions.fsdp_parameters(nn.Linear(16, 16)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "The NVFP4 gather is tested with PyTorch 2.11 to 2.13; 9.9.0+cpu is installed. If something fails, set "
+        "NVFP4_QAT_GATHER=bf16."
+    ]
+
+
+def _renamed(rank: int) -> dict[str, str]:
+    """What is said where FSDP2 has another name for something."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_common
+
+    found = {}
+    model = fully_shard(prepare_qat(nn.Sequential(nn.Linear(32, 32, bias=False))))
+    (parameter,) = fsdp_versions.fsdp_parameters(model)
+    state = model._get_fsdp_state()
+    owners = [(_fsdp_common, "FSDPMeshInfo"), (type(model), "_get_fsdp_state"), *STATE_NAMES]
+    owners = [(state if owner is None else owner, name) for owner, name in owners]
+    for owner, name in [*owners, *((parameter, name) for name in ("sharded_state", "_orig_size", "fsdp_placement"))]:
+        classes = owner.__mro__ if isinstance(owner, type) else type(owner).__mro__
+        namespace = next(place for place in (owner, *classes) if name in vars(place))
+        kept = vars(namespace)[name]
+        delattr(namespace, name)
+        try:
+            use_packed_gather(model)
+        except ValueError as error:
+            found[name] = str(error)
+        finally:
+            setattr(namespace, name, kept)
+    use_packed_gather(model)
+    return found
+
+
+STATE_NAMES = [(None, "_fsdp_param_groups" if fsdp_versions.torch_version().minor >= 12 else "_fsdp_param_group")]
+
+
+def test_a_name_of_fsdp2_that_is_gone_is_named():
+    (found,) = in_processes(_renamed, 1)
+    assert len(found) == 6
+    for name, error in found.items():
+        assert f"needs `{name}` of FSDP2's" in error and "NVFP4_QAT_GATHER=bf16" in error

@@ -13,6 +13,7 @@ from hf_nvfp4_qat.rollout.routing import (
     RoutingDifference,
     compare_routing,
     engine_routing,
+    recorded_outputs,
     recorded_routing,
 )
 
@@ -52,6 +53,41 @@ def test_engines_that_report_their_routing_are_believed_but_not_half_way():
         engine_routing(None, [output])
 
 
+class ReportingEngine:
+    """One that reports its routing, and can only repeat itself."""
+
+    def generate(self):
+        completion = SimpleNamespace(token_ids=[6, 5], routed_experts=np.zeros((3, 1, 2), dtype=np.uint8))
+        return [SimpleNamespace(prompt_token_ids=[1, 2], outputs=[completion])]
+
+
+def test_recording_leaves_an_engine_as_it_was():
+    engine = ReportingEngine()
+    with recorded_outputs(engine) as outer, recorded_outputs(engine) as inner:
+        engine.generate()
+    assert set(outer) == set(inner) == {(1, 2, 6, 5)}
+    assert not vars(engine)
+
+
+def test_recording_leaves_what_others_put_on_an_engine():
+    engine, calls = ReportingEngine(), []
+
+    def around(original):
+        return lambda: (calls.append(1), original())[1]
+
+    before = engine.generate = around(engine.generate)
+    with recorded_outputs(engine) as found:
+        engine.generate()
+    assert engine.generate is before and found and len(calls) == 1
+    with recorded_outputs(engine) as found:
+        within = engine.generate = around(engine.generate)
+        engine.generate()
+    assert engine.generate is within and found and len(calls) == 3
+    found.clear()
+    engine.generate()
+    assert not found and len(calls) == 5
+
+
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ValueError, match="no fused experts"), recorded_routing(tiny_llama()):
         pass
@@ -63,7 +99,8 @@ def test_the_engine_routes_as_the_model_does_until_a_router_is_changed(tmp_path)
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from hf_nvfp4_qat.rollout.sync import engine_arguments, sync
+    from hf_nvfp4_qat.rollout.sync import engine_arguments, sync, worker_of
+    from hf_nvfp4_qat.rollout.vllm_versions import moe_routers
 
     cleanup_dist_env_and_memory()
     tiny_qwen3_moe(vocab_size=512, hidden_size=128, head_dim=32, initializer_range=0.06).to(
@@ -74,7 +111,13 @@ def test_the_engine_routes_as_the_model_does_until_a_router_is_changed(tmp_path)
     sync(engine, model)
     prompts = [{"prompt_token_ids": list(range(5 + i, 25 + i))} for i in range(8)]
     sampled = SamplingParams(max_tokens=30, temperature=1.0, detokenize=False, ignore_eos=True, seed=0)
+    routers = moe_routers(worker_of(engine).model_runner.get_model()).values()
+    seen: list = []
+    for router in routers:
+        router.set_capture_fn(seen.append)
+    capture = [router.capture_fn for router in routers]
     engine_side = engine_routing(engine, engine.generate(prompts, sampled, use_tqdm=False))
+    assert seen and [router.capture_fn for router in routers] == capture  # somebody else may watch too
     tokens = torch.tensor(list(engine_side), device=model.device)
 
     def difference() -> list[float]:

@@ -19,7 +19,7 @@ from conftest import SMALL_ENGINE, load_qat, tiny_qwen3
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
 from hf_nvfp4_qat.checkpoint.names import quantization_config
-from hf_nvfp4_qat.rollout.server import check_server, start_command, with_start_command
+from hf_nvfp4_qat.rollout.server import check_server, reset_server_caches, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
 SIZES = dict(vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32)
@@ -48,10 +48,26 @@ def free_port() -> int:
 
 
 @contextmanager
-def answering(status: int, **model_config):
-    """A server whose /server_info gives `model_config`, as vLLM nests it."""
+def answering(status: int, *, resets=None, posts=None, **model_config):
+    """A server whose /server_info gives `model_config`, as vLLM nests it.
+
+    Args:
+        status: of what it answers.
+        resets: a list of whether it empties its prefix cache, for each time it is asked to; the last again and again.
+        posts: gets the paths that are posted to.
+        model_config: what it tells.
+    """
 
     class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            if posts is not None:
+                posts.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+            if self.path.startswith("/reset_prefix_cache"):
+                success = resets is None or (resets.pop(0) if len(resets) > 1 else resets[0])
+                self.wfile.write(json.dumps({"success": success}).encode())
+
         def do_GET(self):
             self.send_response(status)
             self.end_headers()
@@ -66,6 +82,21 @@ def answering(status: int, **model_config):
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
+
+
+def test_a_server_is_asked_until_its_caches_are_empty():
+    posts: list[str] = []
+    with answering(200, resets=[False, False, True], posts=posts) as url:
+        reset_server_caches(url, timeout=60)
+    assert posts == ["/reset_prefix_cache?reset_external=true"] * 3 + ["/reset_encoder_cache"]
+
+
+def test_a_server_whose_cache_stays_in_use_is_an_error():
+    with answering(200, resets=[False]) as url:
+        with pytest.raises(
+            RuntimeError, match=r"could not empty its prefix cache.*for 0 s: it has unfinished requests"
+        ):
+            reset_server_caches(url, timeout=0)
 
 
 def test_the_start_command_survives_a_shell(model):

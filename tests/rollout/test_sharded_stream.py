@@ -1,6 +1,8 @@
 """Two processes with FSDP2: each pushes the whole model's packed weights, gathered from shards."""
 
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
 from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
 
@@ -72,3 +75,180 @@ def _push(make, rank: int) -> tuple:
 def test_an_fsdp2_model_pushes_what_the_whole_model_would(make, num_tensors, num_packed):
     results = in_processes(partial(_push, make))
     assert results[0] == results[1] == (True, num_tensors, True, True, num_packed, True, (2, True))
+
+
+# A process that fails does not hold up the others, and all of them learn of it
+
+
+class Broken(Exception):
+    pass
+
+
+@contextmanager
+def failing_at(owner, name, failing_call):
+    calls, original = [], getattr(owner, name)
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == failing_call:
+            raise Broken(f"in {name}")
+        return original(*args, **kwargs)
+
+    setattr(owner, name, failing)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def raised(function) -> str:
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def sharded_model():
+    model = prepare_qat(tiny_llama())
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+class Engine:
+    """As much of an engine as a push needs here: it takes tensors, and may fail at one of them."""
+
+    def __init__(self):
+        self.llm_engine = SimpleNamespace(add_request=lambda: "generated", step=lambda: "generated")
+        self.received = []
+
+    def take(self, name, tensor):
+        self.received.append(name)
+
+    def plan(self, worker, stream):
+        self.received.clear()
+        return SimpleNamespace(load=lambda tensors, layout: [self.take(*item) for item in tensors])
+
+
+def _pushes(failing_rank: int, rank: int) -> list:
+    from hf_nvfp4_qat.distributed import gather
+    from hf_nvfp4_qat.rollout import sync as sync_module
+
+    model, engine = sharded_model(), Engine()
+    sync_module.vllm_version = sync_module.worker_of = lambda *args: None
+    sync_module._plan = engine.plan
+    sync_module._wait_for_device = sync_module.reset_caches = lambda *args, **kwargs: None
+
+    sync_module._compare = lambda worker, stream: [engine.take(*item) for item in stream.weights()]
+    number = len(RolloutStream(model).layout)
+    results = []
+    for push, owner, name, failing_call in (
+        (sync_module.sync, sync_module, "reset_caches", 1),  # before anything is sent
+        (sync_module.sync, gather, "encode_rows", 3),  # before a gather
+        (sync_module.sync, gather, "packed_rows", 9),  # after one
+        (sync_module.sync, stream_module, "own_rows", 2),
+        (sync_module.sync, engine, "take", 20),  # in the receiver
+        (sync_module.sync, sync_module, "_wait_for_device", 1),
+        (sync_module.check, engine, "take", 7),
+    ):
+        with failing_at(owner, name, failing_call) if rank == failing_rank else nullcontext():
+            results.append((name, raised(lambda push=push: push(engine, model)), raised(engine.llm_engine.add_request)))
+        sync_module.sync(engine, model)
+        assert len(engine.received) == number and engine.llm_engine.add_request() == "generated"
+        assert len(sync_module.check(engine, model)) == sum(1 for _ in model.parameters())
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_push_that_fails_on_one_process_fails_on_all(failing_rank):
+    half_way = f"RuntimeError: The push of weights into vLLM failed half-way: process {failing_rank}: Broken: in"
+    for rank, results in enumerate(in_processes(partial(_pushes, failing_rank))):
+        assert len(results) == 7
+        for number, (name, error, generation) in enumerate(results):
+            if number in (0, 6):
+                # Nothing was sent: the engine goes on with the weights it has.
+                own = f"Broken: in {name}"
+                told = (
+                    f"RuntimeError: This process stops because another one failed. It is process {failing_rank}: {own}"
+                )
+                assert error == (own if rank == failing_rank else told)
+                assert generation == "nothing"
+            else:
+                assert error.startswith(f"{half_way} {name}")
+                assert f"process {failing_rank}: Broken: in {name}" in generation
+
+
+class Server:
+    """TRL's client, in front of nothing."""
+
+    def __init__(self):
+        self.received = []
+
+    def update_named_params(self, metadata, named_params):
+        self.received = [(name, self.send(tensor)) for name, tensor in named_params]
+
+    def send(self, tensor):
+        return list(tensor.shape)
+
+    def reset_prefix_cache(self):
+        pass
+
+
+def _server_pushes(failing_rank: int, rank: int) -> list:
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    from hf_nvfp4_qat.distributed import gather
+    from hf_nvfp4_qat.trl_callbacks import generation as generation_module
+
+    model, client = sharded_model(), Server()
+    trl = object.__new__(VLLMGeneration)
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"))
+    vars(trl).update(
+        model=model, mode="server", accelerator=accelerator, vllm_client=client, server_base_url="http://nowhere",
+        server_timeout=1, _weight_metadata=None, _dist=SimpleNamespace(fsdp_version=2, zero_stage=0),
+    )  # fmt: skip
+    model.name_or_path = "tiny"
+    generation_module.check_server = generation_module.reset_server_caches = lambda *args, **kwargs: None
+    rollout = SimpleNamespace(engine_kwargs={}, check_every=0, pushed=lambda generation: None)
+    generation = generation_module.NVFP4Generation(trl, rollout)
+    generation.build(lambda: None)
+    expected = [[item.name, list(item.shape)] for item in RolloutStream(model).layout]
+    cases = [
+        (generation_module, "_metadata", 1),
+        (gather, "encode_rows", 3),
+        (gather, "packed_rows", 9),
+        (generation.sample, "observe", 2),
+    ]
+    if failing_rank == 0:
+        cases += [(client, "send", 5), (generation_module, "reset_server_caches", 1)]
+    results = []
+    for owner, name, failing_call in cases:
+        client.received = []
+        with failing_at(owner, name, failing_call) if rank == failing_rank else nullcontext():
+            error = raised(trl.sync_weights)
+        announced = [list(item) for item in client.received] in ([], expected)
+        results.append((name, error, raised(lambda: trl.generate([[1]], None, 1)), announced))
+        trl.sync_weights()
+        assert [list(item) for item in client.received] == (expected if rank == 0 else [])
+    return results
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_push_to_a_server_that_fails_on_one_process_fails_on_all(failing_rank):
+    cause = f"process {failing_rank}: Broken: in"
+    for rank, results in enumerate(in_processes(partial(_server_pushes, failing_rank))):
+        assert len(results) == (6 if failing_rank == 0 else 4)
+        for name, error, generation, announced in results:
+            if name == "_metadata":
+                assert f"{cause} {name}" in error or rank == failing_rank and error == f"Broken: in {name}"
+            else:
+                start = "RuntimeError: The push of weights to the server failed half-way"
+                assert error.startswith(f"{start}: {cause} {name}")
+                assert "must not generate" in generation and f"{cause} {name}" in generation
+            assert generation.startswith("RuntimeError: vLLM must not generate")
+            assert announced  # all that was announced came, or nothing

@@ -48,10 +48,9 @@ def make_engine(path, **kwargs):
         # Graphs without compilation: what the tests are about, and a third of the start-up time.
         **{**SMALL_ENGINE, "enforce_eager": not ON_GPU},
         compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]},
-        max_model_len=64,
         gpu_memory_utilization=0.03 if ON_GPU else 0.2,
         distributed_executor_backend="uni",
-        **kwargs,
+        **{"max_model_len": 64, **kwargs},
     )
     _engines.append(engine)
     return engine
@@ -88,7 +87,7 @@ def save(model, path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save(tiny_qwen3(**SIZES), tmp_path_factory.mktemp("rollout_qwen3"))
+    return save(tiny_qwen3(**SIZES, max_position_embeddings=512), tmp_path_factory.mktemp("rollout_qwen3"))
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    return empty_engine(folder, load_qat(folder))
+    return empty_engine(folder, load_qat(folder), max_model_len=512)
 
 
 def train_a_little(model, lr: float = 3e-3):
@@ -177,9 +176,21 @@ def test_later_pushes_repeat_the_copies_of_the_first(engine, model, monkeypatch)
     assert check(engine, model).ok
 
 
+@pytest.fixture
+def without_plan(engine):
+    """What an engine was planned for stays with it; here neither from other tests nor for them."""
+
+    def forget():
+        vars(worker_of(engine)).pop("nvfp4_rollout_plan", None)
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("without_plan")
 def test_a_model_whose_loading_is_more_than_copies_goes_through_vllms_loaders_every_time(engine, model, monkeypatch):
     monkeypatch.setattr("hf_nvfp4_qat.rollout.engine.can_replay", lambda worker, model: False)
-    del worker_of(engine).nvfp4_rollout_plan
     asked = []
     engine_model = worker_of(engine).model_runner.get_model()
     load = engine_model.load_weights
@@ -189,7 +200,6 @@ def test_a_model_whose_loading_is_more_than_copies_goes_through_vllms_loaders_ev
         sync(engine, model)
     assert len(asked) == 4  # the first time to see where tensors go
     assert check(engine, model).ok
-    del worker_of(engine).nvfp4_rollout_plan
 
 
 def test_biases_arrive(tmp_path):
@@ -390,6 +400,178 @@ def test_an_engine_that_was_never_filled_can_be_told_to_refuse(engine, model):
     with pytest.raises(RuntimeError, match="no weights were pushed yet"):
         generate(engine)
     sync(engine, model)
+    generate(engine)
+
+
+# Caches: what the engine computed with other weights is forgotten
+
+LONG = [1 + i % 500 for i in range(300)]  # more than the 128 tokens of a block on a CPU
+
+
+def first_token(engine):
+    """Log-probability of the first token after a long prompt, and how many tokens of the prompt were cached."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=0, detokenize=False)
+    (request,) = engine.generate([{"prompt_token_ids": LONG}], parameters, use_tqdm=False)
+    (logprob,) = request.outputs[0].logprobs[0].values()
+    return logprob.logprob, request.num_cached_tokens
+
+
+def add_request(engine):
+    """A request that is begun and not finished, as of an agent."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(max_tokens=20, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
+    engine.llm_engine.add_request("unfinished", {"prompt_token_ids": LONG}, parameters)
+    engine.llm_engine.step()
+
+
+def finish(engine):
+    """The output of the request that is unfinished."""
+    outputs = []
+    while engine.llm_engine.has_unfinished_requests():
+        outputs = engine.llm_engine.step() or outputs
+    return outputs[0].outputs[0]
+
+
+def change(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(1 + 0.5 * torch.randn_like(parameter))
+
+
+def test_nothing_that_was_cached_with_the_old_weights_is_used_after_a_push(engine, model, monkeypatch):
+    sync(engine, model)
+    old, _ = first_token(engine)
+    assert first_token(engine)[1] >= 128  # there is a cache
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    images, connectors = [], []
+    monkeypatch.setattr(scheduler.encoder_cache_manager, "reset", lambda: images.append(1))
+    monkeypatch.setattr(scheduler, "reset_connector_cache", lambda: connectors.append(1) or True)
+    change(model)
+    sync(engine, model)
+    new, num_cached = first_token(engine)
+    assert num_cached == 0 and new != old
+    assert images == connectors == [1]
+    assert engine.llm_engine.reset_prefix_cache()
+    assert first_token(engine) == (new, 0)
+
+
+def test_a_push_with_unfinished_requests_is_refused_and_changes_nothing(engine, model):
+    sync(engine, model)
+    before = first_token(engine)[0]
+    add_request(engine)
+    change(model)
+    with pytest.raises(ValueError, match=r"(?s)engine has 1\. Nothing was sent.*abort_request.*restart_requests=True"):
+        sync(engine, model)
+    assert len(finish(engine).token_ids) == 20
+    assert not check(engine, model).ok
+    assert first_token(engine)[0] == pytest.approx(before, abs=1e-3)
+    sync(engine, model)
+    assert check(engine, model).ok
+    assert first_token(engine)[1] == 0
+
+
+def test_on_request_unfinished_requests_go_on_with_the_new_weights_alone(engine, model):
+    from vllm import SamplingParams
+
+    sync(engine, model)
+    add_request(engine)
+    change(model)
+    sync(engine, model, restart_requests=True)
+    assert check(engine, model).ok
+    output = finish(engine)
+    assert len(output.token_ids) == 20
+    # The last token follows from all before it, by the new weights alone.
+    assert engine.llm_engine.reset_prefix_cache()
+    prompt = {"prompt_token_ids": [*LONG, *output.token_ids[:-1]]}
+    parameters = SamplingParams(max_tokens=1, temperature=0, logprobs=0, detokenize=False)
+    (fresh,) = engine.generate([prompt], parameters, use_tqdm=False)
+    (expected,) = fresh.outputs[0].logprobs[0].values()
+    assert output.logprobs[-1][output.token_ids[-1]].logprob == pytest.approx(expected.logprob, abs=0.02)
+
+
+def test_a_cache_that_stays_in_use_is_a_push_that_did_not_begin(engine, model, monkeypatch):
+    sync(engine, model)
+    before = generate(engine)
+    change(model)
+    monkeypatch.setattr(engine.llm_engine, "reset_prefix_cache", lambda **options: False)
+    with pytest.raises(ValueError, match=r"could not empty its prefix cache.*Nothing was sent"):
+        sync(engine, model)
+    assert generate(engine) == before
+
+
+def test_requests_do_not_go_on_after_a_push_that_failed_half_way(engine, model, monkeypatch):
+    sync(engine, model)
+    add_request(engine)
+
+    def failing(worker):
+        raise OSError("the device is lost")
+
+    monkeypatch.setattr(sync_module, "_wait_for_device", failing)
+    with pytest.raises(RuntimeError, match="half-way: OSError: the device is lost"):
+        sync(engine, model, restart_requests=True)
+    with pytest.raises(RuntimeError, match="must not generate.*the device is lost"):
+        engine.llm_engine.step()
+    monkeypatch.undo()
+    sync(engine, model, restart_requests=True)
+    assert len(finish(engine).token_ids) == 20
+
+
+# What others put on the engine stays there
+
+
+def wrap(owner, name):
+    """Somebody's own function around a method of one object; calls are counted."""
+    calls, original = [], getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapper)
+    return wrapper, calls
+
+
+def test_a_function_that_was_put_on_the_engine_before_comes_back(engine, model):
+    sync(engine, model)
+    owner = engine.llm_engine
+    theirs, calls = wrap(owner, "add_request")
+    sync(engine, model)
+    assert owner.add_request is theirs
+    for reason in ("one", "another"):
+        refuse_to_generate(engine, reason)
+    with pytest.raises(RuntimeError, match="another"):
+        generate(engine)
+    assert not calls
+    sync(engine, model)
+    assert owner.add_request is theirs
+    generate(engine)
+    assert len(calls) == len(PROMPTS)
+    del owner.add_request
+
+
+def test_a_function_that_was_put_around_a_refusal_stays_and_is_refused_again(engine, model):
+    owner = engine.llm_engine
+    refuse_to_generate(engine, "not yet")
+    refusal = owner.add_request
+    theirs, calls = wrap(owner, "add_request")
+    with pytest.raises(RuntimeError, match="not yet"):
+        generate(engine)
+    sync(engine, model)
+    assert owner.add_request is theirs
+    generate(engine)
+    assert len(calls) == 1 + len(PROMPTS)
+    refuse_to_generate(engine, "again")
+    with pytest.raises(RuntimeError, match="again"):
+        generate(engine)
+    owner.add_request = refusal  # theirs is undone
+    with pytest.raises(RuntimeError, match="again"):
+        generate(engine)
+    sync(engine, model)
+    assert not {"add_request", "step"} & vars(owner).keys()
     generate(engine)
 
 

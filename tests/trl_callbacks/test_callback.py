@@ -14,7 +14,9 @@ from transformers import (
     Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedTokenizerFast,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
     set_seed,
 )
 
@@ -429,11 +431,56 @@ def test_sharding_that_leaves_scales_behind_is_refused(folder, tmp_path, monkeyp
         make_trainer(load_qat(folder), folder, tmp_path, [rollouts()])
 
 
-def test_a_callback_added_after_the_trainer_is_an_error(folder, tmp_path):
-    trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], max_steps=1)
+def test_a_callback_added_after_the_trainer_is_an_error_however_generation_comes(folder, tmp_path, monkeypatch):
+    from trl.generation import vllm_generation
+
+    engine, generated = vllm_generation.LLM, []
+    monkeypatch.setattr(vllm_generation, "LLM", lambda **kwargs: engine(**kwargs, **SMALL_ENGINE, dtype="bfloat16"))
+    # TRL's own engine, of unquantized weights.
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [], max_steps=1, per_device_eval_batch_size=4)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": ["hello"] * 4})
+    monkeypatch.setattr(trainer.vllm_generation.llm, "generate", lambda *args, **kwargs: generated.append(1))
+    monkeypatch.setattr(trainer.vllm_generation, "sync_weights", lambda: None)
     trainer.add_callback(rollouts())
-    with pytest.raises(ValueError, match=r"callbacks=\[NVFP4RolloutCallback\(\)\].*not `add_callback`"):
-        trainer.train()
+    for start in (trainer.evaluate, trainer.train, lambda: trainer.predict(trainer.eval_dataset)):
+        with pytest.raises(ValueError, match=r"callbacks=\[NVFP4RolloutCallback\(\)\].*not `add_callback`"):
+            start()
+    assert not generated
+
+
+class OwnWay(Trainer):
+    """Generates with an engine of its own kind, before Trainer calls any callback of an evaluation."""
+
+    generated = 0
+
+    def prediction_step(self, *args, **kwargs):
+        self.generated += 1
+        return (torch.zeros(()), None, None)
+
+    def training_step(self, *args, **kwargs):
+        raise AssertionError("trained")
+
+
+def test_a_trainer_that_generates_in_another_way_is_an_error_however_generation_comes(folder, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    arguments.use_vllm = True
+    rows = [{"input_ids": [1, 2], "labels": [1, 2]}] * 8
+    trainer = OwnWay(load_qat(folder), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[rollouts()])
+    for start in (trainer.evaluate, trainer.train, lambda: trainer.predict(rows)):
+        with pytest.raises(ValueError, match="VLLMGeneration.*OwnWay generates in another way"):
+            start()
+    assert not trainer.generated
+    trainer.remove_callback(NVFP4RolloutCallback)
+    trainer.evaluate()
+    assert trainer.generated
+
+
+def test_evaluation_alone_rolls_out_on_the_packed_weights(folder, tmp_path):
+    callback = rollouts()
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [callback], per_device_eval_batch_size=4)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": ["hello"] * 4})
+    trainer.evaluate()
+    assert callback.generation.num_pushes == 1 and callback.generation.last_check.ok
 
 
 def test_a_model_that_does_not_train_in_nvfp4_is_an_error(folder, tmp_path):

@@ -81,8 +81,9 @@ def test_metrics_without_a_push_are_empty():
     assert WeightSample().metrics() == {}
 
 
-def comparing_trainer(output):
+def comparing_trainer(output, *, corrects=True):
     trainer = SimpleNamespace(
+        args=SimpleNamespace(use_vllm=True, vllm_importance_sampling_correction=corrects),
         _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(gather=lambda tensor: tensor),
@@ -111,5 +112,5 @@ def test_masked_fraction_is_of_sequences_or_of_completion_tokens(ratio, masked):
 
 
 def test_a_trainer_that_compares_nothing_records_nothing():
-    assert not comparing_trainer({"completion_mask": torch.ones(1, 1)})
+    assert not comparing_trainer({"completion_mask": torch.ones(1, 1)}, corrects=False)
     record_mismatch(SimpleNamespace())

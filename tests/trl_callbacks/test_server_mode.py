@@ -21,6 +21,7 @@ class ServerStandIn:
 
     engine = None
     num_pushes = 0
+    resets = [True]
 
     def __init__(self, **kwargs):
         pass
@@ -77,8 +78,9 @@ def server(folder, monkeypatch):  # noqa: F811
         )  # fmt: skip
     monkeypatch.setattr(vllm_generation, "VLLMClient", ServerStandIn)
     monkeypatch.setattr(ServerStandIn, "num_pushes", 0)
+    monkeypatch.setattr(ServerStandIn, "resets", [True])
     answer = dict(model=str(folder), quantization="compressed-tensors", hf_overrides={"quantization_config": config})
-    with answering(200, **answer) as url:
+    with answering(200, resets=ServerStandIn.resets, **answer) as url:
         yield dict(vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=1.0)
 
 
@@ -127,6 +129,19 @@ def test_after_an_error_of_the_transfer_the_server_is_not_asked(folder, tmp_path
             trainer.train()
     with pytest.raises(RuntimeError, match="must not generate.*peer is gone"):
         trainer.vllm_generation.generate([[1, 2]], None, 1)
+    trainer.vllm_generation.sync_weights()
+    trainer.vllm_generation.generate([[1, 2]], None, 1)
+
+
+def test_a_server_that_keeps_results_of_the_old_weights_is_not_asked(folder, tmp_path, server):  # noqa: F811
+    """TRL asks it to empty its caches, and does not look at the answer."""
+    trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **server)
+    ServerStandIn.resets[:] = [False]
+    with pytest.raises(RuntimeError, match="failed half-way: RuntimeError: .*could not empty its prefix cache"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="must not generate.*could not empty"):
+        trainer.vllm_generation.generate([[1, 2]], None, 1)
+    ServerStandIn.resets[:] = [True]
     trainer.vllm_generation.sync_weights()
     trainer.vllm_generation.generate([[1, 2]], None, 1)
 
