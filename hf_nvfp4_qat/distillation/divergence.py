@@ -84,7 +84,7 @@ class _Divergence(torch.autograd.Function):
                 if weight:
                     part += weight * own_at_one.exp()
                     part.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=part.dtype))
-                gradient[rows] = torch.where(counted, part, 0.0)
+                gradient[rows] = part
         ctx.gradient, ctx.ignored = gradient, (targets == IGNORED)[:, None]
         ctx.mark_non_differentiable(kl, cross_entropy, teacher_cross_entropy)
         return kl + weight * cross_entropy, kl, cross_entropy, teacher_cross_entropy
@@ -97,5 +97,5 @@ class _Divergence(torch.autograd.Function):
             raise RuntimeError(
                 "The divergence was differentiated twice; its gradient is kept for one backward. Compute it again."
             )
-        # The loss may be divided by no tokens at all: 0 * inf is NaN.
+        # Only now: the loss may have been divided by no tokens at all, and 0 * inf is NaN.
         return gradient.mul_(grad_loss).masked_fill_(ctx.ignored, 0.0), None, None, None, None
