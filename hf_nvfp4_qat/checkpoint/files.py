@@ -277,14 +277,36 @@ def read_weight_map(path: Path) -> dict[str, str]:
 _WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))
 
 
-def weight_files(directory: str | os.PathLike) -> dict[Path, tuple[int, int]]:
-    """model.safetensors, its shards and its index in a directory, each with (inode, modification time in ns).
+def weight_files(directory: str | os.PathLike) -> list[Path]:
+    """model.safetensors, its shards and its index in a directory.
 
     Of two saves in one directory a loader may take the older: model.safetensors comes before an index.
     """
     directory = Path(directory)
-    paths = [path for path in directory.iterdir() if _WEIGHTS_FILE.fullmatch(path.name)] if directory.is_dir() else []
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+    return [path for path in directory.iterdir() if _WEIGHTS_FILE.fullmatch(path.name)] if directory.is_dir() else []
+
+
+@contextmanager
+def replaced_weights(directory: str | os.PathLike) -> Iterator[None]:
+    """Only the weights that are written meanwhile stay in a directory; if writing fails, only the older ones do."""
+    aside = StagedFiles(Path(directory))
+    older = weight_files(directory)
+    _running.add(aside.mark)
+    try:
+        for path in older:
+            os.replace(path, aside.path(path.name))
+        yield
+    except BaseException:
+        for path in weight_files(directory):
+            path.unlink()
+        for name in aside.names:
+            os.replace(aside.partial(name), aside.directory / name)
+        raise
+    else:
+        for name in aside.names:
+            aside.partial(name).unlink(missing_ok=True)
+    finally:
+        _running.discard(aside.mark)
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"

@@ -226,6 +226,9 @@ class PushToHub:
     ) -> CommitInfo | None:
         """Pack the model and publish it with a model card, in one commit.
 
+        Every process that has the whole model publishes when it calls this: under DDP call it in one of them, under
+        FSDP2 in all.
+
         Args:
             repo_id: created if missing.
             max_shard_size: bytes, or a string such as "5GB".
