@@ -254,11 +254,11 @@ class SavePretrained:
                 # The Trainer resumes with load_state_dict, which knows module names and fused parameters only.
                 kwargs.setdefault("save_original_format", False)
             kwargs |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant, "token": token}
-            if state_dict is None and _is_sharded(self.model):
+            if state_dict is None and is_sharded_model(self.model):
                 on_main_process(partial(self._write_gathered, save_directory, kwargs), _gathered(self.model))
             else:
                 self._write_masters(save_directory, is_main_process, state_dict, kwargs)
-        elif is_main_process or (state_dict is None and _is_sharded(self.model)):
+        elif is_main_process or (state_dict is None and is_sharded_model(self.model)):
             hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             if kwargs:
                 logger.warning("Saving a packed checkpoint ignores %s.", ", ".join(sorted(kwargs)))
@@ -309,7 +309,8 @@ def _gathered(model: "PreTrainedModel") -> Iterator[tuple[list[str], torch.Tenso
         yield same, full_tensor(state_dict[same[0]])
 
 
-def _is_sharded(model: "PreTrainedModel") -> bool:
+def is_sharded_model(model: "PreTrainedModel") -> bool:
+    """Whether it takes every process to save a QAT model, since each has a part of its weights only."""
     reshard(model)
     return any(is_sharded(layer.weight) for layer in qat_weights(model).values())
 

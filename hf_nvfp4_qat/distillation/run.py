@@ -3,20 +3,22 @@
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_unquantized
-from hf_nvfp4_qat.checkpoint.save import save_nvfp4
+from hf_nvfp4_qat.checkpoint.save import is_sharded_model, save_nvfp4
 from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
 from hf_nvfp4_qat.distillation.trainer import QADTrainer, Teacher
+from hf_nvfp4_qat.distributed.gather import on_main_process
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
 
@@ -60,6 +62,8 @@ def distill(
     training: dict[str, Any] | None = None,
 ) -> DistillationResult:
     """Distil a model into its NVFP4 form and save it packed, with its tokenizer.
+
+    In several processes (DDP, FSDP2) every process calls this, and the first one writes.
 
     Args:
         source: directory or Hub id of the model in high precision.
@@ -122,11 +126,7 @@ def distill(
             f"Training diverged (its loss is {after['eval_loss']}), and nothing was written. Lower the learning rate; "
             f"it was {arguments.learning_rate:g}."
         )
-    save_nvfp4(model, destination)
-    tokenizer.save_pretrained(destination)
-    problems = verify_nvfp4(destination, model)
-    if not problems.ok:
-        raise RuntimeError(f"The saved checkpoint is not the trained model: {problems}")
+    _save(model, tokenizer, destination)
     return DistillationResult(
         teacher=after["eval_teacher_cross_entropy"],
         before=before["eval_cross_entropy"],
@@ -135,6 +135,30 @@ def distill(
         kl_after=after["eval_kl"],
         num_tokens=num_tokens,
     )
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, destination: str | os.PathLike) -> None:
+    """Under DDP the first process writes and the others wait; of a model sharded by FSDP2 all gather."""
+    sharded = is_sharded_model(model)
+
+    def write(_: Iterator[Any]) -> list[Any]:
+        if not sharded:
+            save_and_verify()
+        tokenizer.save_pretrained(destination)
+        return []
+
+    def save_and_verify() -> None:
+        save_nvfp4(model, destination)
+        problems = verify_nvfp4(destination, model)
+        if not problems.ok:
+            raise RuntimeError(f"The saved checkpoint is not the trained model: {problems}")
+
+    if sharded:
+        save_and_verify()
+    if dist.is_initialized():
+        on_main_process(write, iter(()))
+    else:
+        write(iter(()))
 
 
 def _rows(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:
