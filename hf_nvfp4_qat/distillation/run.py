@@ -104,6 +104,7 @@ def distill(
             "per_device_eval_batch_size": 4, "bf16": on_gpu, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu,
             "logging_steps": 10, "save_strategy": "no", "report_to": [], "include_num_input_tokens_seen": "all",
             **(training or {}),
+            "eval_on_start": True,  # measures what quantization alone costs, once the model is sharded
         }  # fmt: skip
         # Whole batches, where there is one; what is measured is not cut.
         batch_size = options["per_device_train_batch_size"]
@@ -117,8 +118,8 @@ def distill(
             train_dataset=_rows(train),
             eval_dataset=_rows(held_out),
         )
-        before = trainer.evaluate()
         trainer.train()
+        before = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
         after = trainer.evaluate()
         num_tokens = int(trainer.state.num_input_tokens_seen)
     if not math.isfinite(after["eval_loss"]):

@@ -182,8 +182,8 @@ def _prepared_by_trl(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
         from trl.models import prepare_deepspeed, prepare_fsdp
     except ImportError as error:
         raise ValueError(
-            "Under DeepSpeed ZeRO-3 and FSDP1 TRL shards the teacher, and TRL is not installed. Run `pip install trl`, or "
-            "give a `TeacherProcess`, which holds the whole teacher."
+            "Under DeepSpeed ZeRO-3 and FSDP1 TRL shards the teacher, and TRL is not installed. Run `pip install trl`, "
+            "or give a `TeacherProcess`, which holds the whole teacher."
         ) from error
     return (
         prepare_deepspeed(teacher, accelerator) if is_deepspeed_zero3_enabled() else prepare_fsdp(teacher, accelerator)
