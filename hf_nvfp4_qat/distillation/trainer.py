@@ -132,7 +132,8 @@ class QADTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         sums = torch.stack([part.double() for part in (*parts, num_tokens)])
         self._sums[mode] = self._sums.get(mode, 0) + sums
-        return loss / (num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        num_items = num_tokens if num_items_in_batch is None else num_items_in_batch
+        return loss / (num_items + (num_items == 0))  # where no token counts the loss is 0, not NaN
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the section of ``model_card`` where packed weights are what is published."""

@@ -1,6 +1,7 @@
 """QADTrainer brings a quantized model back to its teacher, with all that Trainer does; and TRL's trainer works too."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_batches_without_labels_and_other_vocabularies_are_refused(tmp_path):
 
 @pytest.mark.parametrize("how", ["zero3", "fsdp1"])
 def test_under_zero3_and_fsdp1_the_teacher_is_what_trl_makes_of_reference_models(how, tmp_path, monkeypatch):
-    models = pytest.importorskip("trl").models
+    models = pytest.importorskip("trl.models")
     prepared = []
 
     def prepare(teacher, accelerator):
@@ -159,7 +160,7 @@ def test_under_zero3_and_fsdp1_the_teacher_is_what_trl_makes_of_reference_models
     teacher = tiny_qwen3()
     assert trainer._prepare_teacher(teacher).model["wrapped"] is teacher and prepared[-1] is trainer.accelerator
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
-    monkeypatch.delattr(models, name)
+    monkeypatch.setitem(sys.modules, "trl.models", None)
     with pytest.raises(ValueError, match="TRL is not installed"):
         trainer._prepare_teacher(teacher)
 
