@@ -52,6 +52,23 @@ def test_quantize_reads_and_writes_shards_and_keeps_the_other_files(qwen3_dir, t
     assert verify_nvfp4(tmp_path / "out", load_qat(tmp_path / "source")).ok
 
 
+@pytest.mark.parametrize("command", ["quantize", "dequantize", "convert"])
+def test_weights_of_other_frameworks_stay_behind_and_are_named(command, qwen3_dir, tmp_path, caplog):
+    shutil.copytree(qwen3_dir, tmp_path / "source")
+    if command != "quantize":
+        assert run("quantize", qwen3_dir, tmp_path / "source", "--overwrite")[0] == 0
+    foreign = ["flax_model.msgpack", "optimizer.ckpt", "rust_model.ot", "tf_model.h5", "trainer_state.json"]
+    mine = ["LICENSE", "modeling_mine.py", "tokenizer.json", "additional_chat_templates/tools.jinja"]
+    (tmp_path / "source" / "additional_chat_templates").mkdir()
+    for name in [*foreign, *mine]:
+        (tmp_path / "source" / name).write_text(f"{name}")
+    assert run(command, tmp_path / "source", tmp_path / "out")[0] == 0
+    assert all((tmp_path / "out" / name).read_text() == name for name in mine)
+    assert not any((tmp_path / "out" / name).exists() for name in foreign)
+    assert f"5 files of {tmp_path / 'source'} are not copied" in caplog.text
+    assert ", ".join(foreign) in caplog.text
+
+
 def test_tied_copies_in_the_source_are_kept_and_noted(qwen3_dir, tmp_path):
     shutil.copytree(qwen3_dir, tmp_path / "source")
     tensors = load_file(tmp_path / "source" / "model.safetensors")

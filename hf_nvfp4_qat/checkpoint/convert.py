@@ -5,7 +5,9 @@ twice: once for the global scales, once to pack.
 """
 
 import json
+import logging
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,16 +18,16 @@ from transformers import PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import (
     CARD_FILE,
-    CHAT_TEMPLATES,
     CONFIG_FILE,
     HF_QUANT_CONFIG,
     INDEX_FILE,
-    PARTIAL_SUFFIX,
     CheckpointReader,
     StagedFiles,
+    files_beside_weights,
     resolve_checkpoint,
     staged_files,
 )
+from hf_nvfp4_qat.checkpoint.findings import printable
 from hf_nvfp4_qat.checkpoint.load import check_packed, check_unquantized
 from hf_nvfp4_qat.checkpoint.modelopt import (
     ModelOptReader,
@@ -56,6 +58,8 @@ from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, skeleton
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, served_dtype, shared_scales
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, weights done, weights in all)."""
@@ -139,7 +143,7 @@ def quantize_checkpoint(
     files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:
         write_weights(files, packed_weights(files), staged, progress=partial(progress, "packing"))
-        _copy_other_files(reader.directory, staged)
+        _copy_other_files(reader, staged)
         config = packed_config(model.config, model=model, sources=sources)
         staged.write_json(CONFIG_FILE, config)
     return sum(source.is_quantized for source in sources)
@@ -176,7 +180,7 @@ def dequantize_checkpoint(
     files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:
         write_weights(files, packed_weights(files), staged, progress=partial(progress, "decoding"))
-        _copy_other_files(reader.directory, staged)
+        _copy_other_files(reader, staged)
         staged.write_json(CONFIG_FILE, config)
     return len(layers)
 
@@ -236,7 +240,7 @@ def convert_checkpoint(
         if (reader.directory / INDEX_FILE).is_file():
             index = json.loads((reader.directory / INDEX_FILE).read_text(encoding="utf-8"))
             staged.write_json(INDEX_FILE, {**index, "weight_map": weight_map})
-        _copy_other_files(reader.directory, staged, with_card=True)
+        _copy_other_files(reader, staged, with_card=True)
         for name, content in configs.items():
             staged.write_json(name, content)
     return len(quantized_layers(reader.names))
@@ -255,18 +259,24 @@ def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
     return _SAFETENSORS_DTYPES[stored]
 
 
-def _copy_other_files(directory: Path, staged: StagedFiles, *, with_card: bool = False) -> None:
-    """Tokenizer, generation config, chat templates, code: all beside weights, config.json and another model's card."""
-    for path in sorted(directory.iterdir()):
-        is_weights = path.name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", PARTIAL_SUFFIX))
-        if (
-            path.is_file()
-            and not is_weights
-            and path.name not in (CONFIG_FILE, HF_QUANT_CONFIG)
-            and (with_card or path.name != CARD_FILE)
-            and not path.name.startswith(".")
-        ):
-            staged.path(path.name).write_bytes(path.read_bytes())
-    for path in sorted((directory / CHAT_TEMPLATES).glob("*.jinja")):
-        (staged.directory / CHAT_TEMPLATES).mkdir(exist_ok=True)
-        staged.path(f"{CHAT_TEMPLATES}/{path.name}").write_bytes(path.read_bytes())
+def _copy_other_files(reader: CheckpointReader, staged: StagedFiles, *, with_card: bool = False) -> None:
+    """What belongs to a checkpoint beside weights and config.json: tokenizer, chat templates, code, license.
+
+    The card is another model's, but where the weights stay the same. What is left out is logged.
+    """
+    files, others = files_beside_weights(reader.directory)
+    if with_card and CARD_FILE in others:
+        others.remove(CARD_FILE)
+        files.append(CARD_FILE)
+    for name in files:
+        path = staged.path(name)
+        path.parent.mkdir(exist_ok=True)
+        shutil.copyfile(reader.directory / name, path)
+    written_anew = {CONFIG_FILE, HF_QUANT_CONFIG, INDEX_FILE, *reader.file_of.values()}
+    if left_out := [printable(name) for name in others if name not in written_anew]:
+        logger.warning(
+            "%d files of %s are not copied, since they do not belong to this checkpoint: %s",
+            len(left_out),
+            reader.directory,
+            ", ".join(left_out),
+        )

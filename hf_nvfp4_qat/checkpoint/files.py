@@ -6,12 +6,17 @@ its folder.
 
 import json
 import os
+import platform
 import re
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import safe_open
 
@@ -33,17 +38,64 @@ _MAX_JSON_BYTES = 2**27
 """Of an index of 100,000 tensors, the largest such file there is, about 10 MB are in use."""
 
 
+BESIDE_WEIGHTS = (
+    *("generation_config.json", "*processor_config.json", "chat_template.json", "*.jinja"),
+    *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json", "normalizer.json"),
+    *("*vocab*.json", "*vocab*.txt", "merges.txt", "dict.txt", "*.bpe", "*.codes", "*.spm", "*.tiktoken"),
+    *("*.model", "tokenizer.model.*", "*.py"),
+    *("*LICEN[CS]E*", "*[Ll]icen[cs]e*", "NOTICE*", "COPYING*", "*USE_POLICY*"),
+)
+"""What belongs to a checkpoint beside its weights, config.json and card, as patterns of ``fnmatch``.
+
+What is not named here stays behind when a checkpoint is converted, published or downloaded: weights of other
+frameworks, optimizer states, logs.
+"""
+
+
+def files_beside_weights(directory: Path) -> tuple[list[str], list[str]]:
+    """Names of what belongs to a checkpoint by `BESIDE_WEIGHTS`, and of all else; folders end with "/".
+
+    Hidden files and partial ones are in neither list.
+    """
+    found, others = [], []
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.name.endswith(PARTIAL_SUFFIX):
+            continue
+        if path.is_dir() and path.name == CHAT_TEMPLATES:
+            found += [f"{path.name}/{template.name}" for template in sorted(path.glob("*.jinja"))]
+        elif path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in BESIDE_WEIGHTS):
+            found.append(path.name)
+        else:
+            others.append(path.name + "/" * path.is_dir())
+    return found, others
+
+
+_running: set[str] = set()
+"""Marks of the saves that this process is in."""
+_MARK_END = re.compile(r"-(\d+)-[0-9a-f]{8}$")
+_LONGEST_SAVE = 24 * 60 * 60
+"""Seconds after which a partial file of another machine, whose processes are not seen here, is a leftover."""
+
+
 class StagedFiles:
-    """Files of one checkpoint directory, written as ``NAME.nvfp4-partial`` until ``staged_files`` ends well."""
+    """Files of one checkpoint directory, written as ``NAME.MARK.nvfp4-partial`` until ``staged_files`` ends well.
+
+    The mark says which machine, process and save a file is of: saves into one directory do not touch each other's.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.names: list[str] = []
+        self.mark = f"{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}"
 
     def path(self, name: str) -> Path:
         """Where to write the file that will be `name`."""
         self.names.append(name)
-        return self.directory / f"{name}{PARTIAL_SUFFIX}"
+        return self.partial(name)
+
+    def partial(self, name: str) -> Path:
+        """Where the file that will be `name` is until then."""
+        return self.directory / f"{name}.{self.mark}{PARTIAL_SUFFIX}"
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write `content` as the JSON file `name`."""
@@ -56,7 +108,8 @@ def staged_files(directory: str | os.PathLike, *, in_place: bool = False) -> Ite
 
     A killed process leaves ``*.nvfp4-partial`` files, which nothing loads and the next save into the directory removes;
     an exception leaves nothing. An older checkpoint in the directory stays whole until the new one is; between the two,
-    for as long as renaming takes, there is no config.json and nothing loads.
+    for as long as renaming takes, there is no config.json and nothing loads. Of two saves at the same time the one that
+    ends last is there, whole.
 
     Args:
         directory: made if missing.
@@ -65,35 +118,87 @@ def staged_files(directory: str | os.PathLike, *, in_place: bool = False) -> Ite
 
     Raises:
         ValueError: `directory` is a file.
+        RuntimeError: files that were written are gone; an older checkpoint is as it was.
     """
     directory = Path(directory)
     if directory.is_file():
         raise ValueError(f"A checkpoint is saved into a directory; {directory} is a file. Choose another path.")
     directory.mkdir(parents=True, exist_ok=True)
-    for left_over in directory.glob(f"*{PARTIAL_SUFFIX}"):
-        left_over.unlink()
+    _remove_left_overs(directory)
     staged = StagedFiles(directory)
+    _running.add(staged.mark)
     try:
         yield staged
-        names = sorted(dict.fromkeys(staged.names), key=lambda name: name == CONFIG_FILE)
-        if in_place:
-            # Complete before its own name appears: from then on the change is made, whatever happens.
-            (directory / f"{_RENAMES}.new").write_text(json.dumps(names), encoding="utf-8")
-            os.replace(directory / f"{_RENAMES}.new", directory / _RENAMES)
-        # From here to the end nothing loads: without a config.json the directory is no checkpoint.
-        if CONFIG_FILE in staged.names:
-            (directory / CONFIG_FILE).unlink(missing_ok=True)
-        if any(_WEIGHTS_FILE.fullmatch(name) for name in staged.names) and not in_place:
-            for older in (*weight_files(directory), directory / HF_QUANT_CONFIG):
-                if older.name not in staged.names:
-                    older.unlink(missing_ok=True)
-        for name in names:
-            os.replace(directory / f"{name}{PARTIAL_SUFFIX}", directory / name)
-        (directory / _RENAMES).unlink(missing_ok=True)
+        with _locked(directory):
+            _rename(staged, in_place)
     finally:
+        _running.discard(staged.mark)
         if not is_unfinished(directory):
             for name in staged.names:
-                (directory / f"{name}{PARTIAL_SUFFIX}").unlink(missing_ok=True)
+                staged.partial(name).unlink(missing_ok=True)
+
+
+def _rename(staged: StagedFiles, in_place: bool) -> None:
+    directory = staged.directory
+    names = sorted(dict.fromkeys(staged.names), key=lambda name: name == CONFIG_FILE)
+    if missing := [name for name in names if not staged.partial(name).is_file()]:
+        raise RuntimeError(
+            f"{len(missing)} files that this save wrote to {directory} are gone, the first {missing[0]}: something has "
+            "removed them. An older checkpoint there is as it was. Save again, from one process at a time."
+        )
+    if in_place:
+        # Complete before its own name appears: from then on the change is made, whatever happens.
+        renames = {staged.partial(name).name: name for name in names}
+        (directory / f"{_RENAMES}.new").write_text(json.dumps(renames), encoding="utf-8")
+        os.replace(directory / f"{_RENAMES}.new", directory / _RENAMES)
+    # From here to the end nothing loads: without a config.json the directory is no checkpoint.
+    if CONFIG_FILE in names:
+        (directory / CONFIG_FILE).unlink(missing_ok=True)
+    if any(_WEIGHTS_FILE.fullmatch(name) for name in names) and not in_place:
+        for older in (*weight_files(directory), directory / HF_QUANT_CONFIG):
+            if older.name not in names:
+                older.unlink(missing_ok=True)
+    for name in names:
+        os.replace(staged.partial(name), directory / name)
+    (directory / _RENAMES).unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One process at a time; where directories cannot be locked (Windows, some network mounts), any."""
+    handle = None
+    with suppress(ImportError, OSError):
+        from fcntl import LOCK_EX, flock
+
+        handle = os.open(directory, os.O_RDONLY)
+        flock(handle, LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_left_overs(directory: Path) -> None:
+    """Remove the partial files of saves that were killed, and keep those of saves that may be running."""
+    for folder in (directory, directory / CHAT_TEMPLATES):
+        for partial in folder.glob(f"*{PARTIAL_SUFFIX}"):
+            if not _may_be_running(partial):
+                partial.unlink(missing_ok=True)
+
+
+def _may_be_running(partial: Path) -> bool:
+    stem = partial.name.removesuffix(PARTIAL_SUFFIX)
+    match = _MARK_END.search(stem)
+    if match is None:
+        return False
+    if not stem[: match.start()].endswith(f".{platform.node()}"):
+        with suppress(OSError):  # it is gone by now
+            return time.time() - partial.stat().st_mtime < _LONGEST_SAVE
+        return False
+    if int(match[1]) == os.getpid():  # or had that number: a container that starts again gives out the same ones
+        return any(stem.endswith(f".{mark}") for mark in _running)
+    return psutil.pid_exists(int(match[1]))
 
 
 def is_unfinished(directory: Path) -> bool:
@@ -107,13 +212,14 @@ def finish_renaming(directory: Path) -> None:
     Raises:
         ValueError: the list of what is to be renamed is not one of ours.
     """
-    names = read_json(directory / _RENAMES)
-    if not isinstance(names, list) or not all(isinstance(name, str) and is_plain_name(name) for name in names):
+    renames = read_json(directory / _RENAMES)
+    if not isinstance(renames, dict) or not all(
+        isinstance(name, str) and is_plain_name(name) for pair in renames.items() for name in pair
+    ):
         raise ValueError(f"{directory / _RENAMES} must list file names; it does not. Remove it.")
-    for name in names:
-        partial = directory / f"{name}{PARTIAL_SUFFIX}"
-        if partial.is_file():
-            os.replace(partial, directory / name)
+    for partial, name in renames.items():
+        if (directory / partial).is_file():
+            os.replace(directory / partial, directory / name)
     (directory / _RENAMES).unlink()
 
 
@@ -171,14 +277,36 @@ def read_weight_map(path: Path) -> dict[str, str]:
 _WEIGHTS_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(INDEX_FILE))
 
 
-def weight_files(directory: str | os.PathLike) -> dict[Path, tuple[int, int]]:
-    """model.safetensors, its shards and its index in a directory, each with (inode, modification time in ns).
+def weight_files(directory: str | os.PathLike) -> list[Path]:
+    """model.safetensors, its shards and its index in a directory.
 
     Of two saves in one directory a loader may take the older: model.safetensors comes before an index.
     """
     directory = Path(directory)
-    paths = [path for path in directory.iterdir() if _WEIGHTS_FILE.fullmatch(path.name)] if directory.is_dir() else []
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+    return [path for path in directory.iterdir() if _WEIGHTS_FILE.fullmatch(path.name)] if directory.is_dir() else []
+
+
+@contextmanager
+def replaced_weights(directory: str | os.PathLike) -> Iterator[None]:
+    """Only the weights that are written meanwhile stay in a directory; if writing fails, only the older ones do."""
+    aside = StagedFiles(Path(directory))
+    older = weight_files(directory)
+    _running.add(aside.mark)
+    try:
+        for path in older:
+            os.replace(path, aside.path(path.name))
+        yield
+    except BaseException:
+        for path in weight_files(directory):
+            path.unlink()
+        for name in aside.names:
+            os.replace(aside.partial(name), aside.directory / name)
+        raise
+    else:
+        for name in aside.names:
+            aside.partial(name).unlink(missing_ok=True)
+    finally:
+        _running.discard(aside.mark)
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -319,7 +447,7 @@ def resolve_checkpoint(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.py"]
+        patterns = ["*.safetensors", INDEX_FILE, CONFIG_FILE, HF_QUANT_CONFIG, *BESIDE_WEIGHTS]
         return Path(snapshot_download(str(path), revision=revision, token=token, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]

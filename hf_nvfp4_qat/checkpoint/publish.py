@@ -26,11 +26,11 @@ from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, load_card, mode
 from hf_nvfp4_qat.checkpoint.doctor import examine
 from hf_nvfp4_qat.checkpoint.files import (
     CARD_FILE,
-    CHAT_TEMPLATES,
     CONFIG_FILE,
     HF_QUANT_CONFIG,
     INDEX_FILE,
     SINGLE_FILE,
+    files_beside_weights,
     read_json_object,
 )
 from hf_nvfp4_qat.checkpoint.findings import printable
@@ -42,12 +42,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BESIDE_WEIGHTS = re.compile(
-    r"((generation|(video_)?(pre)?processor|tokenizer)_config|tokenizer|special_tokens_map|added_tokens|vocab|tekken"
-    r"|chat_template)\.json|(merges|vocab)\.txt|[\w.-]+\.(jinja|model|tiktoken|spm|bpe|codes)"
-    r"|(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)[\w.-]*"
-)
-"""What belongs to a checkpoint besides its weights, config.json and code."""
 _NAMING_CODE = (CONFIG_FILE, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 _WEIGHTS = re.compile(r"(model|pytorch_model)[\w.-]*\.(safetensors|bin)(\.index\.json)?")
 
@@ -172,18 +166,14 @@ def _published_files(directory: Path) -> list[str]:
     has_code = any(
         "auto_map" in read_json_object(directory / name) for name in _NAMING_CODE if (directory / name).is_file()
     )
-    files, others = [], []
-    for path in sorted(directory.iterdir()):
-        is_code = has_code and path.suffix == ".py"
-        if path.is_file() and (path.name in wanted or is_code or _BESIDE_WEIGHTS.fullmatch(path.name)):
-            files.append(path.name)
-        elif path.is_dir() and path.name == CHAT_TEMPLATES:
-            files += [f"{path.name}/{template.name}" for template in sorted(path.glob("*.jinja"))]
-        elif path.name != CARD_FILE and not path.name.startswith("."):
-            others.append(printable(path.name) + "/" * path.is_dir())
+    beside, others = files_beside_weights(directory)
+    files = [name for name in beside if has_code or not name.endswith(".py")]
+    others += [name for name in beside if name not in files]
+    files += [name for name in others if name in wanted]
+    others = [printable(name) for name in others if name not in wanted and name != CARD_FILE]
     if others:
         logger.warning("Not published, since loaders of a checkpoint do not need them: %s", ", ".join(others))
-    return files
+    return sorted(files)
 
 
 def _existing_card(api: HfApi, directory: Path, repo_id: str, revision: str | None) -> ModelCard | None:
@@ -235,6 +225,9 @@ class PushToHub:
         **options: Any,
     ) -> CommitInfo | None:
         """Pack the model and publish it with a model card, in one commit.
+
+        Every process that has the whole model publishes when it calls this: under DDP call it in one of them, under
+        FSDP2 in all.
 
         Args:
             repo_id: created if missing.

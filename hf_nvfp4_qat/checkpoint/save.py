@@ -10,7 +10,8 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +24,15 @@ from hf_nvfp4_qat.checkpoint.files import (
     CONFIG_FILE,
     INDEX_FILE,
     StagedFiles,
+    replaced_weights,
     staged_files,
-    weight_files,
 )
 from hf_nvfp4_qat.checkpoint.modelopt import modelopt_config_files, to_modelopt
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
 from hf_nvfp4_qat.distributed.gather import on_main_process, reshard
 from hf_nvfp4_qat.modules.swap import qat_weights
-from hf_nvfp4_qat.sharding.parts import is_sharded
+from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,8 +60,9 @@ def save_nvfp4(
     TensorRT-LLM and SGLang before 0.5.22 the second. What is not quantized is written in bfloat16. Weights are
     packed one at a time; the extra memory is one shard. All files appear together when complete.
 
-    Of a model sharded by FSDP2 every process must call this, unless a full `state_dict` is given: each packs its rows,
-    packed bytes are gathered, and the first process writes. If it fails, all raise.
+    Under DDP every process has the whole model: call this in one of them. Of a model sharded by FSDP2 every process
+    must call this, unless a full `state_dict` is given: each packs its rows, packed bytes are gathered, and the first
+    process writes. If it fails, all raise.
 
     Args:
         model: a QAT model.
@@ -237,8 +239,8 @@ class SavePretrained:
 
         Args:
             save_directory: its name decides between master weights and the packed checkpoint.
-            is_main_process: only the main process writes. A model sharded by FSDP2 takes all processes to save, if no
-                `state_dict` is given.
+            is_main_process: only the main process writes; under DDP give ``rank == 0``, or call on one process. A model
+                sharded by FSDP2 takes all processes to save, if no `state_dict` is given, and the first one writes.
             state_dict: full master weights by module name; honoured, unlike upstream for quantized models.
             push_to_hub: also upload the directory; `repo_id` and the like are taken from `kwargs`.
             max_shard_size: bytes, or a string such as "5GB".
@@ -254,25 +256,12 @@ class SavePretrained:
             if resumable:
                 # The Trainer resumes with load_state_dict, which knows module names and fused parameters only.
                 kwargs.setdefault("save_original_format", False)
-            older = weight_files(save_directory) if is_main_process else {}
-            with _as_unquantized(self.model):
-                type(self.model).save_pretrained(
-                    self.model,
-                    save_directory,
-                    is_main_process=is_main_process,
-                    state_dict=state_dict,
-                    push_to_hub=push_to_hub,
-                    max_shard_size=max_shard_size,
-                    variant=variant,
-                    token=token,
-                    **kwargs,
-                )
-            # Upstream leaves what it did not overwrite, and a loader may take that. Only now, so that a save which
-            # fails loses nothing.
-            for path, stamp in older.items():
-                if variant is None and weight_files(save_directory).get(path) == stamp:
-                    path.unlink()
-        elif is_main_process or (state_dict is None and _is_sharded(self.model)):
+            kwargs |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant, "token": token}
+            if state_dict is None and is_sharded_model(self.model):
+                on_main_process(partial(self._write_gathered, save_directory, kwargs), _gathered(self.model))
+            else:
+                self._write_masters(save_directory, is_main_process, state_dict, kwargs)
+        elif is_main_process or (state_dict is None and is_sharded_model(self.model)):
             hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
             if kwargs:
                 logger.warning("Saving a packed checkpoint ignores %s.", ", ".join(sorted(kwargs)))
@@ -286,8 +275,44 @@ class SavePretrained:
             if push_to_hub and files:
                 self._publish(self.model, save_directory, files, token=token, **hub_options)
 
+    def _write_gathered(
+        self,
+        directory: str | os.PathLike,
+        options: dict[str, Any],
+        masters: Iterator[tuple[list[str], torch.Tensor]],
+    ) -> list[str]:
+        state_dict = {}
+        for names, weight in masters:
+            state_dict.update(dict.fromkeys(names, weight.cpu()))
+        self._write_masters(directory, True, state_dict, options)
+        return []
 
-def _is_sharded(model: "PreTrainedModel") -> bool:
+    def _write_masters(
+        self,
+        directory: str | os.PathLike,
+        is_main_process: bool,
+        state_dict: dict[str, torch.Tensor] | None,
+        options: dict[str, Any],
+    ) -> None:
+        """As upstream, which leaves older weights that it does not overwrite; a loader may take those."""
+        replaces = is_main_process and options["variant"] is None
+        with _as_unquantized(self.model), replaced_weights(directory) if replaces else nullcontext():
+            type(self.model).save_pretrained(
+                self.model, directory, is_main_process=is_main_process, state_dict=state_dict, **options
+            )
+
+
+def _gathered(model: "PreTrainedModel") -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Whole master weights one at a time, with the names of each: tied weights stay one."""
+    state_dict = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, weight in state_dict.items():
+        names.setdefault(id(weight), []).append(name)
+    return map(lambda same: (same, full_tensor(state_dict[same[0]])), names.values())
+
+
+def is_sharded_model(model: "PreTrainedModel") -> bool:
+    """Whether it takes every process to save a QAT model, since each has a part of its weights only."""
     reshard(model)
     return any(is_sharded(layer.weight) for layer in qat_weights(model).values())
 

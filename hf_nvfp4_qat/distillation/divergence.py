@@ -29,8 +29,10 @@ def divergence(
 
     Args:
         student_logits: ``[B, T, V]``, floating.
-        teacher_logits: ``[B, T, V]``; no gradient flows into it.
-        labels: int64 ``[B, T]``, the tokens themselves (they are shifted here); -100 for those that do not count.
+        teacher_logits: ``[B, T, V]``; no gradient flows into it. -inf for a token that never comes (a padded
+            vocabulary) adds nothing to the sum; -inf from the student for a token that does come makes it infinite.
+        labels: int64 ``[B, T]``, the tokens themselves (they are shifted here); -100 for those that do not count:
+            whatever the logits are there, NaN too, the loss does not see them and their gradient is 0.
         temperature: of both softmaxes.
         cross_entropy_weight: of the summed cross entropy that is added to the loss.
 
@@ -68,19 +70,22 @@ class _Divergence(torch.autograd.Function):
             own = torch.log_softmax(logits / temperature, dim=-1)
             teacher_logits = teacher[rows].float()
             theirs = torch.log_softmax(teacher_logits / temperature, dim=-1)
-            kl += temperature**2 * (theirs.exp() * (theirs - own) * counted).sum()
+            probability = theirs.exp()
+            # Selected, not multiplied: 0 * NaN is NaN, and so is 0 * (-inf - x) where the teacher rules a token out.
+            terms = torch.where(counted & (probability != 0), probability * (theirs - own), 0.0)
+            kl += temperature**2 * terms.sum()
             own_at_one = own if temperature == 1 else torch.log_softmax(logits, dim=-1)
             labels = targets[rows].clamp(min=0)[:, None]
-            cross_entropy -= (own_at_one.gather(1, labels) * counted).sum()
+            cross_entropy -= torch.where(counted, own_at_one.gather(1, labels), 0.0).sum()
             theirs_at_one = theirs if temperature == 1 else torch.log_softmax(teacher_logits, dim=-1)
-            teacher_cross_entropy -= (theirs_at_one.gather(1, labels) * counted).sum()
+            teacher_cross_entropy -= torch.where(counted, theirs_at_one.gather(1, labels), 0.0).sum()
             if gradient is not None:
-                part = temperature * (own.exp() - theirs.exp())
+                part = temperature * (own.exp() - probability)
                 if weight:
                     part += weight * own_at_one.exp()
                     part.scatter_add_(1, labels, torch.full_like(labels, -weight, dtype=part.dtype))
-                gradient[rows] = part * counted
-        ctx.gradient = gradient
+                gradient[rows] = part
+        ctx.gradient, ctx.ignored = gradient, (targets == IGNORED)[:, None]
         ctx.mark_non_differentiable(kl, cross_entropy, teacher_cross_entropy)
         return kl + weight * cross_entropy, kl, cross_entropy, teacher_cross_entropy
 
@@ -92,4 +97,5 @@ class _Divergence(torch.autograd.Function):
             raise RuntimeError(
                 "The divergence was differentiated twice; its gradient is kept for one backward. Compute it again."
             )
-        return gradient.mul_(grad_loss), None, None, None, None
+        # Only now: the loss may have been divided by no tokens at all, and 0 * inf is NaN.
+        return gradient.mul_(grad_loss).masked_fill_(ctx.ignored, 0.0), None, None, None, None

@@ -3,20 +3,22 @@
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_unquantized
-from hf_nvfp4_qat.checkpoint.save import save_nvfp4
+from hf_nvfp4_qat.checkpoint.save import is_sharded_model, save_nvfp4
 from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
 from hf_nvfp4_qat.distillation.trainer import QADTrainer, Teacher
+from hf_nvfp4_qat.distributed.gather import on_main_process
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
 
@@ -61,6 +63,8 @@ def distill(
 ) -> DistillationResult:
     """Distil a model into its NVFP4 form and save it packed, with its tokenizer.
 
+    In several processes (DDP, FSDP2) every process calls this, and the first one writes.
+
     Args:
         source: directory or Hub id of the model in high precision.
         destination: directory to write.
@@ -100,6 +104,7 @@ def distill(
             "per_device_eval_batch_size": 4, "bf16": on_gpu, "use_cpu": not on_gpu, "dataloader_pin_memory": on_gpu,
             "logging_steps": 10, "save_strategy": "no", "report_to": [], "include_num_input_tokens_seen": "all",
             **(training or {}),
+            "eval_on_start": True,  # measures what quantization alone costs, once the model is sharded
         }  # fmt: skip
         # Whole batches, where there is one; what is measured is not cut.
         batch_size = options["per_device_train_batch_size"]
@@ -113,8 +118,8 @@ def distill(
             train_dataset=_rows(train),
             eval_dataset=_rows(held_out),
         )
-        before = trainer.evaluate()
         trainer.train()
+        before = next(entry for entry in trainer.state.log_history if "eval_loss" in entry)
         after = trainer.evaluate()
         num_tokens = int(trainer.state.num_input_tokens_seen)
     if not math.isfinite(after["eval_loss"]):
@@ -122,11 +127,7 @@ def distill(
             f"Training diverged (its loss is {after['eval_loss']}), and nothing was written. Lower the learning rate; "
             f"it was {arguments.learning_rate:g}."
         )
-    save_nvfp4(model, destination)
-    tokenizer.save_pretrained(destination)
-    problems = verify_nvfp4(destination, model)
-    if not problems.ok:
-        raise RuntimeError(f"The saved checkpoint is not the trained model: {problems}")
+    _save(model, tokenizer, destination)
     return DistillationResult(
         teacher=after["eval_teacher_cross_entropy"],
         before=before["eval_cross_entropy"],
@@ -135,6 +136,30 @@ def distill(
         kl_after=after["eval_kl"],
         num_tokens=num_tokens,
     )
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, destination: str | os.PathLike) -> None:
+    """Under DDP the first process writes and the others wait; of a model sharded by FSDP2 all gather."""
+    sharded = is_sharded_model(model)
+
+    def write(_: Iterator[Any]) -> list[Any]:
+        if not sharded:
+            save_and_verify()
+        tokenizer.save_pretrained(destination)
+        return []
+
+    def save_and_verify() -> None:
+        save_nvfp4(model, destination)
+        problems = verify_nvfp4(destination, model)
+        if not problems.ok:
+            raise RuntimeError(f"The saved checkpoint is not the trained model: {problems}")
+
+    if sharded:
+        save_and_verify()
+    if dist.is_initialized():
+        on_main_process(write, iter(()))
+    else:
+        write(iter(()))
 
 
 def _rows(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:

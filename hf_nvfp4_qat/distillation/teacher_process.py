@@ -1,7 +1,10 @@
 """A teacher in a process of its own: on another device, or on the CPU, out of the trainer's memory."""
 
 import os
+import signal
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -37,38 +40,55 @@ class TeacherProcess:
         self._process = context.Process(target=_answer, args=(theirs, str(path), device, options), daemon=True)
         self._process.start()
         theirs.close()  # else the end of the process would not be noticed
+        # Only this thread uses the connection, one request after the other. An interrupt (Ctrl-C, a timeout's signal)
+        # reaches the main thread alone: the thread still takes the answer off the connection, so that it is not there
+        # when the next batch asks.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="teacher")
+        self._answer = self._thread.submit(self._take)
         try:
-            self._receive("could not load its model")
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
+            self._receive(self._answer)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, RuntimeError):
+                raise ValueError(str(error)) from None
+            raise
 
     def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """Logits ``[B, T, V]`` on the CPU, in the teacher's dtype.
+        """Logits ``[B, T, V]`` on the CPU, in the teacher's dtype. After an interrupted call it can be called again.
 
         Raises:
             RuntimeError: the teacher failed, or its process has ended.
         """
+        on_cpu = {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        self._answer = answer = self._thread.submit(self._ask, on_cpu)
+        return self._receive(answer)
+
+    def _receive(self, answer: Future) -> Any:
+        """Wait for the answer to one request."""
+        logits, error = answer.result()
+        if error:
+            raise RuntimeError(f"The teacher {error}")
+        return logits
+
+    def _ask(self, batch: dict[str, Any]) -> tuple[torch.Tensor | None, str]:
         try:
-            self._connection.send({
-                name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-            })  # fmt: skip
+            self._connection.send(batch)
         except OSError as error:
             raise RuntimeError("The teacher's process has ended. Start another `TeacherProcess`.") from error
-        return self._receive("failed on a batch")
+        return self._take()
 
-    def _receive(self, what: str) -> Any:
+    def _take(self) -> tuple[torch.Tensor | None, str]:
         try:
-            answer, error = self._connection.recv()
+            return self._connection.recv()
         except (EOFError, ConnectionResetError):
             self._process.join()
             raise RuntimeError(f"The teacher's process ended (exit code {self._process.exitcode}).") from None
-        if error:
-            raise RuntimeError(f"The teacher {what}: {error}")
-        return answer
 
     def close(self) -> None:
         """End the process."""
-        self._connection.close()
+        if not self._answer.done():  # of an interrupted call: nobody waits for it
+            self._process.kill()
+        self._thread.submit(self._connection.close).result()
         self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.kill()
@@ -84,27 +104,27 @@ def _answer(connection: Connection, path: str, device: str, options: dict[str, A
     """In the teacher's process: load, say so, and answer until nobody asks any more."""
     from transformers import AutoModelForCausalLM
 
+    # Ctrl-C goes to all processes of a terminal or notebook; the trainer decides when this one ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
         if getattr(model, "quantization_method", None) is None:  # those that are quantized are where they must be
             model = model.to(device)
         model.eval()
+        answer: tuple[torch.Tensor | None, str] = None, ""
     except Exception as error:
-        connection.send((None, f"{type(error).__name__}: {error}"))
-        return
-    connection.send((None, ""))
-    while True:
-        try:
-            batch = connection.recv()
-        except EOFError:
-            return
-        try:
-            moved = {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
-            with torch.no_grad():
-                answer = model(**moved, use_cache=False).logits.cpu(), ""
-        except Exception as error:
-            answer = None, f"{type(error).__name__}: {error}"
-        try:
+        model, answer = None, (None, f"could not load its model: {type(error).__name__}: {error}")
+    with suppress(EOFError, OSError):  # what sending and receiving raise when the trainer's process is gone
+        connection.send(answer)
+        while model is not None:
+            answer = _logits(model, connection.recv())
             connection.send(answer)
-        except OSError:
-            return
+
+
+def _logits(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor | None, str]:
+    try:
+        moved = {name: value.to(model.device) if hasattr(value, "to") else value for name, value in batch.items()}
+        with torch.no_grad():
+            return model(**moved, use_cache=False).logits.cpu(), ""
+    except Exception as error:
+        return None, f"failed on a batch: {type(error).__name__}: {error}"

@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hf_nvfp4_qat.checkpoint.card import load_card, model_card
 from hf_nvfp4_qat.checkpoint.files import CARD_FILE, CONFIG_FILE, read_json_object
 from hf_nvfp4_qat.checkpoint.names import is_nvfp4_config
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
+from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.modules.swap import qat_weights
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,7 @@ class QADTrainer(Trainer):
             model, args, kwargs: as for ``Trainer``.
             teacher: a model with the same vocabulary, on any device, quantized or not; a function from a batch to
                 logits; a path or Hub id, loaded in bfloat16 beside the model. None loads the checkpoint that `model`
-                comes from.
+                comes from. Where the model is sharded by FSDP or ZeRO-3 an unquantized teacher is, too.
             temperature: of both softmaxes.
             cross_entropy_weight: of the cross entropy on the labels that is added to the divergence.
 
@@ -77,15 +81,22 @@ class QADTrainer(Trainer):
             teacher = getattr(self.model, "name_or_path", "")
             if not teacher:
                 raise ValueError("The model comes from no checkpoint, so `teacher` must be given: a model, or a path.")
+        is_loaded_here = isinstance(teacher, str)
         if isinstance(teacher, str):
-            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16).to(self.args.device)
+            teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.bfloat16)
         if not isinstance(teacher, nn.Module):
             return cast(Teacher, teacher)
         if qat_weights(teacher):
             raise ValueError("The teacher computes with NVFP4 weights; give one in high precision.")
         teacher.requires_grad_(False).eval()
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return _ModelTeacher(self.accelerator.prepare_model(teacher, evaluation_mode=True))
+        if getattr(teacher, "quantization_method", None) is not None:
+            return _ModelTeacher(teacher)  # where it was loaded, and whole: such weights cannot be sharded
+        if self.accelerator.is_fsdp2:
+            return _ModelTeacher(_sharded(teacher, self.accelerator), self.accelerator.device)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            return _ModelTeacher(_prepared_by_trl(teacher, self.accelerator), self.accelerator.device)
+        if is_loaded_here or self.is_deepspeed_enabled:
+            teacher.to(self.args.device)
         return _ModelTeacher(teacher)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -121,7 +132,8 @@ class QADTrainer(Trainer):
         mode = "train" if self.model.training else "eval"
         sums = torch.stack([part.double() for part in (*parts, num_tokens)])
         self._sums[mode] = self._sums.get(mode, 0) + sums
-        return loss / (num_tokens if num_items_in_batch is None else num_items_in_batch)
+        num_items = num_tokens if num_items_in_batch is None else num_items_in_batch
+        return loss / (num_items + (num_items == 0))  # where no token counts the loss is 0, not NaN
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's, with the section of ``model_card`` where packed weights are what is published."""
@@ -153,13 +165,42 @@ class QADTrainer(Trainer):
         return {name: part / num_tokens for name, part in zip(names, parts, strict=True)} if num_tokens else {}
 
 
-class _ModelTeacher:
-    """A model as a teacher: batches go to its device."""
+def _sharded(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Sharded by FSDP2 as Accelerate shards models that train, by the layers of its own architecture."""
+    plugin = accelerator.state.fsdp_plugin
+    before = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    # The plugin takes the first model's layers for all models'; the student's come later.
+    plugin.transformer_cls_names_to_wrap = None
+    try:
+        return fsdp2_prepare_model(accelerator, teacher).eval()
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = before
 
-    def __init__(self, model: nn.Module) -> None:
+
+def _prepared_by_trl(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """An engine of its own under ZeRO-3, or wrapped by FSDP1: what TRL does with reference models."""
+    try:
+        from trl.models import prepare_deepspeed, prepare_fsdp
+    except ImportError as error:
+        raise ValueError(
+            "Under DeepSpeed ZeRO-3 and FSDP1 TRL shards the teacher, and TRL is not installed. Run `pip install trl`, "
+            "or give a `TeacherProcess`, which holds the whole teacher."
+        ) from error
+    return (
+        prepare_deepspeed(teacher, accelerator) if is_deepspeed_zero3_enabled() else prepare_fsdp(teacher, accelerator)
+    )
+
+
+class _ModelTeacher:
+    """A model as a teacher: batches go to its device, or to the one where a sharded model computes."""
+
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
         self.model = model
+        self._device = device
 
     def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        device = next(self.model.parameters()).device
+        device = self._device or next(self.model.parameters()).device
         moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-        return self.model(**moved, use_cache=False).logits
+        logits = self.model(**moved, use_cache=False).logits
+        reshard(self.model)  # FSDP2 leaves the last layers whole for a backward that does not come
+        return logits

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import threading
 
@@ -201,6 +202,39 @@ def test_saving_in_the_other_format_over_a_checkpoint_leaves_only_the_new_one(qa
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.model.norm.weight.float(), qat_model.model.norm.weight)
     assert set(CheckpointReader(tmp_path).file_of.values()) == {path.name for path in tmp_path.glob("*.safetensors")}
+
+
+def test_a_file_that_was_written_again_stays_where_times_do_not_tell(qat_model, tmp_path, monkeypatch):
+    """File systems with coarse times, and writers that keep the inode."""
+    upstream = type(qat_model).save_pretrained
+
+    def as_before(self, directory, **options):
+        upstream(self, directory, **options)
+        os.utime(tmp_path / "checkpoint-1" / "model.safetensors", ns=(0, 0))
+
+    monkeypatch.setattr(type(qat_model), "save_pretrained", as_before)
+    for value in (1.0, 2.0):
+        with torch.no_grad():
+            qat_model.model.norm.weight.fill_(value)
+        qat_model.save_pretrained(tmp_path / "checkpoint-1")
+    tensors = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    assert (tensors["model.norm.weight"] == 2).all() and len(list((tmp_path / "checkpoint-1").iterdir())) == 3
+
+
+def test_a_training_checkpoint_that_cannot_be_written_leaves_the_older_one(qat_model, tmp_path, monkeypatch):
+    directory = tmp_path / "checkpoint-1"
+    qat_model.save_pretrained(directory, max_shard_size="20KB")
+    before = {path.name: path.read_bytes() for path in directory.glob("model*")}
+
+    def fails(self, directory, **options):
+        for name in ("model.safetensors", min(before)):
+            (directory / name).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(qat_model), "save_pretrained", fails)
+    with pytest.raises(OSError, match="disk full"):
+        qat_model.save_pretrained(directory)
+    assert {path.name: path.read_bytes() for path in directory.glob("model*")} == before
 
 
 def test_copies_and_pickles_save_themselves(qat_model, tmp_path):

@@ -41,6 +41,67 @@ def test_value_and_gradient_are_those_of_the_formula(temperature, weight, monkey
     assert not gradient[0, :3].any() and not gradient[:, -1].any()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_positions_that_do_not_count_change_nothing_whatever_the_logits_are(bad, temperature):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+    labels = torch.tensor([[-100, -100, -100, 5, 6, 7]])
+    found = []
+    for value in (0.0, bad):
+        logits = [tensor.clone() for tensor in (student, teacher)]
+        for tensor in logits:
+            tensor[:, [0, 1, 5]] = value
+        own = logits[0].requires_grad_()
+        loss, *parts = divergence(own, logits[1], labels, temperature=temperature, cross_entropy_weight=0.5)
+        loss.backward()
+        assert torch.equal(own.grad[:, [0, 1, 5]], torch.zeros(1, 3, 32)) and own.grad.any()
+        found.append([loss, *parts, own.grad])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+
+
+def test_a_loss_over_no_tokens_at_all_has_no_gradient():
+    student = torch.randn(1, 4, 8, requires_grad=True)
+    labels = torch.full((1, 4), -100)
+    loss, *_ = divergence(student, torch.randn(1, 4, 8), labels)
+    (loss / (labels != -100).sum()).backward()
+    assert loss == 0 and torch.equal(student.grad, torch.zeros(1, 4, 8))
+
+
+@pytest.mark.parametrize("student_too", [False, True])
+def test_tokens_that_the_teacher_rules_out_add_nothing(student_too):
+    """As over a vocabulary without them, but that the student's softmax has them where it does not rule them out."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+    teacher[..., 30:] = float("-inf")
+    if student_too:
+        student[..., 30:] = float("-inf")
+    student.requires_grad_()
+    labels = torch.arange(6)[None]
+    loss, kl, cross_entropy, of_teacher = divergence(student, teacher, labels, cross_entropy_weight=0.5)
+    loss.backward()
+    gradient, student.grad = student.grad, None
+    own, theirs = (logits[:, :-1].log_softmax(-1) for logits in (student, teacher))
+    expected = F.kl_div(own[..., :30], theirs[..., :30], log_target=True, reduction="sum")
+    expected = expected + 0.5 * F.nll_loss(own.flatten(0, 1), labels[0, 1:], reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    assert kl.isfinite() and cross_entropy.isfinite() and of_teacher.isfinite()
+    expected.backward()
+    torch.testing.assert_close(gradient, student.grad.nan_to_num(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_token_that_only_the_student_rules_out_makes_the_divergence_infinite():
+    student = torch.randn(1, 3, 8)
+    student[..., 2] = float("-inf")
+    assert divergence(student, torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.long))[1] == float("inf")
+
+
+def test_nan_where_it_counts_stays_nan():
+    teacher = torch.randn(1, 3, 8)
+    teacher[0, 1] = float("nan")
+    assert divergence(torch.randn(1, 3, 8), teacher, torch.ones(1, 3, dtype=torch.long))[1].isnan()
+
+
 def test_equal_logits_have_no_divergence_and_no_gradient():
     logits = torch.randn(2, 5, 11, dtype=torch.bfloat16)
     student = logits.clone().requires_grad_()

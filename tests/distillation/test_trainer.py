@@ -1,6 +1,7 @@
 """QADTrainer brings a quantized model back to its teacher, with all that Trainer does; and TRL's trainer works too."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainingArguments, set_seed
 
 from hf_nvfp4_qat import prepare_qat, save_nvfp4, verify_nvfp4
+from hf_nvfp4_qat.distillation import trainer as module
 from hf_nvfp4_qat.distillation.divergence import divergence
 from hf_nvfp4_qat.distillation.trainer import QADTrainer
 
@@ -139,6 +141,34 @@ def test_batches_without_labels_and_other_vocabularies_are_refused(tmp_path):
     trainer = QADTrainer(student, arguments(tmp_path), teacher=teacher, train_dataset=batches())
     with pytest.raises(ValueError, match="Use a teacher with the same vocabulary"):
         trainer.train()
+
+
+@pytest.mark.parametrize("how", ["zero3", "fsdp1"])
+def test_under_zero3_and_fsdp1_the_teacher_is_what_trl_makes_of_reference_models(how, tmp_path, monkeypatch):
+    models = pytest.importorskip("trl.models")
+    prepared = []
+
+    def prepare(teacher, accelerator):
+        prepared.append(accelerator)
+        return torch.nn.ModuleDict({"wrapped": teacher})
+
+    name = "prepare_deepspeed" if how == "zero3" else "prepare_fsdp"
+    monkeypatch.setattr(models, name, prepare)
+    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: how == "zero3")
+    trainer = QADTrainer(prepare_qat(tiny_qwen3()), arguments(tmp_path), teacher=tiny_qwen3())
+    trainer.is_fsdp_enabled = how == "fsdp1"
+    teacher = tiny_qwen3()
+    assert trainer._prepare_teacher(teacher).model["wrapped"] is teacher and prepared[-1] is trainer.accelerator
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    monkeypatch.setitem(sys.modules, "trl.models", None)
+    with pytest.raises(ValueError, match="TRL is not installed"):
+        trainer._prepare_teacher(teacher)
+
+
+def test_a_batch_without_tokens_that_count_costs_nothing(tmp_path):
+    data = batches(8).map(lambda row: {"labels": [-100] * len(row["labels"])})
+    trainer = QADTrainer(prepare_qat(tiny_qwen3()), arguments(tmp_path), teacher=tiny_qwen3(), eval_dataset=data)
+    assert trainer.evaluate()["eval_loss"] == 0
 
 
 def test_a_run_resumes_where_it_was(qwen3_dir, tmp_path):

@@ -257,6 +257,44 @@ def test_processes_save_together_and_fail_together():
     assert first["failed"] == "disk full" and "process 0 failed with OSError: disk full" in second["failed"]
 
 
+def _masters(rank: int) -> dict:
+    """In the folder a Trainer resumes from, and in any by `save_format`; tied weights too."""
+    found = {}
+    folder = Path(shared_folder())
+    for name, tied, save_format in (
+        ("checkpoint-5", False, "auto"),
+        ("checkpoint-6", True, "auto"),
+        ("anywhere", True, "master"),
+    ):
+        model = prepare_qat(spread(tiny_qwen3(tie_word_embeddings=tied)), NVFP4QATConfig(save_format=save_format))
+        if rank == 0:
+            model.save_pretrained(folder / "whole" / name)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        with torch.no_grad():
+            model(input_ids=tokens())  # leaves the root's weights gathered
+        model.save_pretrained(folder / name, is_main_process=rank == 0)
+        whole, gathered = (
+            {path.name: path.read_bytes() for path in path.iterdir()}
+            for path in (folder / "whole" / name, folder / name)
+        )
+        found[name] = {file for file in {*whole, *gathered} if whole.get(file) != gathered.get(file)}
+    try:
+        (folder / "file").touch()
+        model.save_pretrained(folder / "file" / "checkpoint-7")
+    except (OSError, RuntimeError) as error:
+        found["failed"] = type(error).__name__
+    return found
+
+
+@pytest.mark.slow
+def test_master_weights_of_a_sharded_model_are_gathered_and_written_once():
+    first, second = in_processes(_masters)
+    assert (first.pop("failed"), second.pop("failed")) == ("NotADirectoryError", "RuntimeError")
+    assert first == second == dict.fromkeys(("checkpoint-5", "checkpoint-6", "anywhere"), set())
+
+
 def _die(rank: int) -> None:
     model = spread(tiny_qwen3())
     folder = Path(os.environ["FOLDER_OF_TEST"])
