@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from hf_nvfp4_qat import prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.distributed import gather
 from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all, sharding_groups
+from hf_nvfp4_qat.sharding import packed as packed_module
 
 
 def raised(function) -> str:
@@ -27,8 +28,8 @@ def raised(function) -> str:
 
 
 def in_turn(name, failing_call: int, function):
-    """`function` with `gather.<name>` failing at one call."""
-    calls, original = [], getattr(gather, name)
+    """`function` with `packed.<name>` failing at one call."""
+    calls, original = [], getattr(packed_module, name)
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -36,11 +37,11 @@ def in_turn(name, failing_call: int, function):
             raise OSError("out of memory")
         return original(*args, **kwargs)
 
-    setattr(gather, name, failing)
+    setattr(packed_module, name, failing)
     try:
         return raised(function)
     finally:
-        setattr(gather, name, original)
+        setattr(packed_module, name, original)
 
 
 def test_alone_an_error_is_an_error():
@@ -86,11 +87,11 @@ def _gathered(rank: int) -> list:
     scales = [torch.tensor(2.0**-10)] * 3
     found = []
     for name in ("encode_rows", "quantize_unchecked", "packed_rows"):
-        gather_all = partial(gather.gather_packed, shards, scales, "amax")
+        gather_all = partial(packed_module.gather_packed, shards, scales, "amax")
         found.append(in_turn(name, 1, gather_all) if rank == 1 else raised(gather_all))
         # The next gather is about the next weights on both.
-        expected = gather.gather_packed(whole, scales, "amax")
-        packed = gather.gather_packed(shards, scales, "amax")
+        expected = packed_module.gather_packed(whole, scales, "amax")
+        packed = packed_module.gather_packed(shards, scales, "amax")
         found.append(all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(packed, expected, strict=True)))
     return found
 

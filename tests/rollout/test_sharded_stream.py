@@ -133,8 +133,8 @@ class Engine:
 
 
 def _pushes(failing_rank: int, rank: int) -> list:
-    from hf_nvfp4_qat.distributed import gather
     from hf_nvfp4_qat.rollout import sync as sync_module
+    from hf_nvfp4_qat.sharding import packed
 
     model, engine = sharded_model(), Engine()
     sync_module.vllm_version = sync_module.worker_of = lambda *args: None
@@ -146,8 +146,8 @@ def _pushes(failing_rank: int, rank: int) -> list:
     results = []
     for push, owner, name, failing_call in (
         (sync_module.sync, sync_module, "reset_caches", 1),  # before anything is sent
-        (sync_module.sync, gather, "encode_rows", 3),  # before a gather
-        (sync_module.sync, gather, "packed_rows", 9),  # after one
+        (sync_module.sync, packed, "encode_rows", 3),  # before a gather
+        (sync_module.sync, packed, "packed_rows", 9),  # after one
         (sync_module.sync, stream_module, "own_rows", 2),
         (sync_module.sync, engine, "take", 20),  # in the receiver
         (sync_module.sync, sync_module, "_wait_for_device", 1),
@@ -200,12 +200,17 @@ class Server:
 def _server_pushes(failing_rank: int, rank: int) -> list:
     from trl.generation.vllm_generation import VLLMGeneration
 
-    from hf_nvfp4_qat.distributed import gather
+    from hf_nvfp4_qat.sharding import packed
     from hf_nvfp4_qat.trl_callbacks import generation as generation_module
 
     model, client = sharded_model(), Server()
     trl = object.__new__(VLLMGeneration)
-    accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"))
+
+    def reduce(tensor):
+        dist.all_reduce(tensor)
+        return tensor
+
+    accelerator = SimpleNamespace(num_processes=2, is_main_process=rank == 0, device=torch.device("cpu"), reduce=reduce)
     vars(trl).update(
         model=model, mode="server", accelerator=accelerator, vllm_client=client, server_base_url="http://nowhere",
         server_timeout=1, _weight_metadata=None, _dist=SimpleNamespace(fsdp_version=2, zero_stage=0),
@@ -218,8 +223,8 @@ def _server_pushes(failing_rank: int, rank: int) -> list:
     expected = [[item.name, list(item.shape)] for item in RolloutStream(model).layout]
     cases = [
         (generation_module, "_metadata", 1),
-        (gather, "encode_rows", 3),
-        (gather, "packed_rows", 9),
+        (packed, "encode_rows", 3),
+        (packed, "packed_rows", 9),
         (generation.sample, "observe", 2),
     ]
     if failing_rank == 0:
