@@ -18,6 +18,7 @@ from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
 from hf_nvfp4_qat.distributed.gather import full_tensor, gather_packed, is_sharded, reshard
 from hf_nvfp4_qat.modules.calibration import check_calibrated
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.linear import refuse_computed_weight
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights, refresh_global_scales
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -146,8 +147,8 @@ def packed_sources(
         live: take parameters and buffers as they are, without the state dict that Transformers would save.
 
     Raises:
-        ValueError: the number of quantized tensors is not the number of QAT weights; inputs are to be quantized, and
-            some layer has seen none.
+        ValueError: the number of quantized tensors is not the number of QAT weights; a weight is computed from other
+            tensors; inputs are to be quantized, and some layer has seen none.
     """
     quantized = {plain_name(name): weight for name, weight in qat_weights(model).items()}
     reshard(model)
@@ -155,6 +156,9 @@ def packed_sources(
         weights = live_weights(model)
     else:
         weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
+    for name, weight in quantized.items():
+        if state_dict is None and name not in weights and not isinstance(weight.weight, nn.Parameter):
+            refuse_computed_weight(layer_of(name))
     layers = qat_modules(model)
     check_calibrated(layers)
     input_amaxes = {

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_experts, own_part, weight_version
+from hf_nvfp4_qat.modules.linear import refuse_computed_weight
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_through
 
@@ -91,6 +92,10 @@ class QATExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with fake-quantized weights."""
+        if "parametrizations" in self._modules:
+            for name in self._modules["parametrizations"]:
+                if name in self.nvfp4_weights:
+                    refuse_computed_weight(self.nvfp4_weights[name].scale_group)
         quantized = {name: weight for name, weight in self.nvfp4_weights.items() if not weight.weight_is_fake_quantized}
         if not quantized:
             return super().forward(*args, **kwargs)
