@@ -9,10 +9,12 @@ it is given to keep instead is the place of the saved tensor in the weight; back
 torch.compile, selective checkpointing has the same effect.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import nn
@@ -27,8 +29,10 @@ from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_thr
 class ExpertWeight:
     """One fused parameter of an experts module, with what a ``QATLinear`` has for its only one.
 
+    The module holds this object, so this object holds the module weakly: a cycle would outlive ``del model``.
+
     Attributes:
-        module, name: the experts module and the parameter's name in it.
+        name: the parameter's name in its module.
         scale_group: key within `global_scales`; experts share no scales between parameters.
         global_scales: keeps `global_decode_scale` fresh.
         scale_rule: how block scales are chosen.
@@ -38,7 +42,7 @@ class ExpertWeight:
     def __init__(
         self, module: nn.Module, name: str, *, scale_group: str, global_scales: GlobalScales, scale_rule: str
     ) -> None:
-        self.module = module
+        self.bind(module)
         self.name = name
         self.scale_group = scale_group
         self.global_scales = global_scales
@@ -55,16 +59,28 @@ class ExpertWeight:
     @property
     def weight(self) -> Any:
         """Master weight ``[E, N, K]``."""
-        return getattr(self.module, self.name)
+        return self._read(self.name)
 
     @property
     def global_decode_scale(self) -> torch.Tensor:
         """float32 ``[E]``, one for each expert."""
-        return getattr(self.module, self._buffer_name)
+        return self._read(self._buffer_name)
 
     @global_decode_scale.setter
     def global_decode_scale(self, scale: torch.Tensor) -> None:
-        setattr(self.module, self._buffer_name, scale)
+        module = self._module()
+        assert module is not None
+        setattr(module, self._buffer_name, scale)
+
+    def bind(self, module: nn.Module) -> None:
+        """Say whose weight it is."""
+        self._module = ref(module)
+        self._tensors = ChainMap(cast(dict, module._parameters), cast(dict, module._buffers))
+
+    def _read(self, name: str) -> Any:
+        module = self._module()
+        # A weight that somebody keeps longer than its model stays what it was.
+        return self._tensors[name] if module is None else getattr(module, name)
 
     def fake_quantized_weight(self) -> torch.Tensor:
         """bfloat16 ``[E, N, K]``, no gradient; of a sharded weight, the experts that this process holds."""
@@ -74,7 +90,10 @@ class ExpertWeight:
         return fake_quantize_unchecked(own, scale, scale_rule=self.scale_rule)
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "weight_is_fake_quantized": False}  # a copy has no hooks that see to it
+        # A copy has no hooks that see to it, and its module binds it.
+        state = {**vars(self), "weight_is_fake_quantized": False}
+        del state["_module"], state["_tensors"]
+        return state
 
 
 class QATExperts(nn.Module):
@@ -120,6 +139,7 @@ class QATExperts(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         for weight in self.nvfp4_weights.values():
+            weight.bind(self)
             weight.global_scales.add(weight)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATExperts":

