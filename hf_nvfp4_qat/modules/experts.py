@@ -18,6 +18,7 @@ from weakref import ref
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_experts, own_part, weight_version
@@ -112,9 +113,9 @@ class QATExperts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with fake-quantized weights."""
         if "parametrizations" in self._modules:
-            for name in self._modules["parametrizations"]:
-                if name in self.nvfp4_weights:
-                    refuse_computed_weight(self.nvfp4_weights[name].scale_group)
+            for name, weight in self.nvfp4_weights.items():
+                if parametrize.is_parametrized(self, name):
+                    refuse_computed_weight(weight.scale_group)
         quantized = {name: weight for name, weight in self.nvfp4_weights.items() if not weight.weight_is_fake_quantized}
         if not quantized:
             return super().forward(*args, **kwargs)

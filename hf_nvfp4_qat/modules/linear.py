@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_part
 from hf_nvfp4_qat.numerics.activations import activation_amax, fake_quantize_activation
@@ -207,7 +208,7 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""
-        if "parametrizations" in self._modules and "weight" in self._modules["parametrizations"]:
+        if "parametrizations" in self._modules and parametrize.is_parametrized(self, "weight"):
             refuse_computed_weight(f"a layer of group {self.scale_group}")
         compute_dtype = self.weight.dtype
         if torch.is_autocast_enabled(input.device.type):

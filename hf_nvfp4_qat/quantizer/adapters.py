@@ -50,8 +50,9 @@ def _refuse_adapter(module: nn.Module, name: str, submodule: nn.Module | None) -
 
 def _undo_adapter(layer: QATLinear | QATExperts) -> str:
     """Put the model of a layer back to what it was before the adapter; returns the path of the layer."""
+    tuner: Any
     for tuner, (children, trainable) in _before.items():
-        model: Any = tuner.model
+        model = tuner.model
         path = next((path for path, module in model.named_modules() if module is layer), None)
         if path is None:
             continue
@@ -69,5 +70,5 @@ def _undo_adapter(layer: QATLinear | QATExperts) -> str:
             model._hf_peft_config_loaded = False  # `model.add_adapter` sets it first
         vars(model).pop("peft_config", None)
         return path
-    weight = layer if isinstance(layer, QATLinear) else next(iter(layer.nvfp4_weights.values()))
-    return f"a layer of group {weight.scale_group}"
+    first = layer if isinstance(layer, QATLinear) else next(iter(layer.nvfp4_weights.values()))
+    return f"a layer of group {first.scale_group}"

@@ -57,7 +57,8 @@ def save_as_qat(model: Any, save_format: str) -> None:
         model: a ``PreTrainedModel``.
         save_format: as in ``NVFP4QATConfig``.
     """
-    model.__class__ = _qat_class(type(model))
+    model_class: Any = type(model)
+    model.__class__ = _qat_class(model_class)
     model.nvfp4_save_format = save_format
 
 
