@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,10 +211,19 @@ def publish_saved(
 
 
 class PushToHub:
-    """``model.push_to_hub`` of a QAT model; set on the instance, so that deepcopy and pickle carry it along."""
+    """What ``model.push_to_hub`` of a QAT model does."""
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", *, save_format: str, upstream: Callable[..., Any]) -> None:
+        """Bind.
+
+        Args:
+            model: whose it is.
+            save_format: "master" leaves publishing to `upstream`.
+            upstream: the model's ``push_to_hub`` without QAT.
+        """
         self.model = model
+        self.save_format = save_format
+        self._upstream = upstream
 
     def __call__(
         self,
@@ -242,8 +251,8 @@ class PushToHub:
         Raises:
             ValueError: as ``save_nvfp4`` and ``publish_checkpoint``.
         """
-        if self.model.save_pretrained.save_format == "master":
-            return type(self.model).push_to_hub(self.model, repo_id, max_shard_size=max_shard_size, **options)
+        if self.save_format == "master":
+            return self._upstream(repo_id, max_shard_size=max_shard_size, **options)
         with tempfile.TemporaryDirectory() as directory:
             files = save_nvfp4(self.model, directory, max_shard_size=max_shard_size, dialect=dialect)
             return publish_saved(self.model, directory, files, repo_id=repo_id, **options) if files else None

@@ -2,7 +2,7 @@
 
 Transformers' own `save_pretrained` is not enough for a quantized model: it throws the caller's `state_dict` away
 (which FSDP and ZeRO savers depend on), and it would write a packed training checkpoint, from which a resumed run
-silently restarts at its initial weights. So a QAT model carries its own ``save_pretrained``, on the instance.
+silently restarts at its initial weights. So a QAT model has its own ``save_pretrained``.
 """
 
 import copy
@@ -204,23 +204,32 @@ def is_training_checkpoint(directory: str | os.PathLike) -> bool:
 
 
 class SavePretrained:
-    """``model.save_pretrained`` of a QAT model; set on the instance, so that deepcopy and pickle carry it along.
+    """What ``model.save_pretrained`` of a QAT model does.
 
     ``checkpoint-<int>`` folders hold master weights in their own dtype and no `quantization_config`: ``Trainer``
     resumes from them to the bit. Every other directory, and ``push_to_hub``, gets the packed checkpoint.
     `save_format` "master" or "nvfp4" overrides.
     """
 
-    def __init__(self, model: "PreTrainedModel", *, save_format: str, publish: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        save_format: str,
+        upstream: Callable[..., Any],
+        publish: Callable[..., Any],
+    ) -> None:
         """Bind.
 
         Args:
             model: whose it is.
             save_format: of `SAVE_FORMATS`.
+            upstream: the model's ``save_pretrained`` without QAT.
             publish: called as ``publish_saved`` for `push_to_hub`.
         """
         self.model = model
         self.save_format = save_format
+        self._upstream = upstream
         self._publish = publish
 
     def __call__(
@@ -297,9 +306,7 @@ class SavePretrained:
         """As upstream, which leaves older weights that it does not overwrite; a loader may take those."""
         replaces = is_main_process and options["variant"] is None
         with _as_unquantized(self.model), replaced_weights(directory) if replaces else nullcontext():
-            type(self.model).save_pretrained(
-                self.model, directory, is_main_process=is_main_process, state_dict=state_dict, **options
-            )
+            self._upstream(directory, is_main_process=is_main_process, state_dict=state_dict, **options)
 
 
 def _gathered(model: "PreTrainedModel") -> Iterator[tuple[list[str], torch.Tensor]]:

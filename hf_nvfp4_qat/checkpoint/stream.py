@@ -19,6 +19,7 @@ from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.modules.calibration import check_calibrated
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.global_scale import scales_of
+from hf_nvfp4_qat.modules.linear import refuse_computed_weight
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -149,8 +150,8 @@ def packed_sources(
         live: take parameters and buffers as they are, without the state dict that Transformers would save.
 
     Raises:
-        ValueError: the number of quantized tensors is not the number of QAT weights; inputs are to be quantized, and
-            some layer has seen none.
+        ValueError: the number of quantized tensors is not the number of QAT weights; a weight is computed from other
+            tensors; inputs are to be quantized, and some layer has seen none.
     """
     quantized = {plain_name(name): weight for name, weight in qat_weights(model).items()}
     reshard(model)
@@ -158,6 +159,9 @@ def packed_sources(
         weights = live_weights(model)
     else:
         weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
+    for name, weight in quantized.items():
+        if state_dict is None and name not in weights and not isinstance(weight.weight, nn.Parameter):
+            refuse_computed_weight(layer_of(name))
     layers = qat_modules(model)
     check_calibrated(layers)
     input_amaxes = {

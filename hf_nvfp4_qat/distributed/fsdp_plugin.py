@@ -6,7 +6,7 @@ method waits for the model's first forward: global hooks run before FSDP2's own,
 
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
+from weakref import finalize, ref
 
 from accelerate import FullyShardedDataParallelPlugin
 from torch import nn
@@ -68,3 +68,4 @@ class NVFP4FSDPPlugin(FullyShardedDataParallelPlugin):
                 apply_gather_mode(module, self.nvfp4_gather or "auto")
 
         handle = register_module_forward_pre_hook(before_first_forward)
+        finalize(model, handle.remove).atexit = False  # of a model that never runs

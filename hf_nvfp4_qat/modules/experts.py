@@ -9,16 +9,20 @@ it is given to keep instead is the place of the saved tensor in the weight; back
 torch.compile, selective checkpointing has the same effect.
 """
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
+from hf_nvfp4_qat.modules.linear import refuse_computed_weight
 from hf_nvfp4_qat.modules.weight_clock import version_of
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_through
@@ -28,8 +32,10 @@ from hf_nvfp4_qat.sharding.parts import own_experts, own_part
 class ExpertWeight:
     """One fused parameter of an experts module, with what a ``QATLinear`` has for its only one.
 
+    The module holds this object, so this object holds the module weakly: a cycle would outlive ``del model``.
+
     Attributes:
-        module, name: the experts module and the parameter's name in it.
+        name: the parameter's name in its module.
         scale_group: key within `global_scales`; experts share no scales between parameters.
         global_scales: keeps `global_decode_scale` fresh.
         scale_rule: how block scales are chosen.
@@ -39,7 +45,7 @@ class ExpertWeight:
     def __init__(
         self, module: nn.Module, name: str, *, scale_group: str, global_scales: GlobalScales, scale_rule: str
     ) -> None:
-        self.module = module
+        self.bind(module)
         self.name = name
         self.scale_group = scale_group
         self.global_scales = global_scales
@@ -56,21 +62,35 @@ class ExpertWeight:
     @property
     def place(self) -> tuple[nn.Module, str]:
         """The experts module, and the name of the weight in it."""
-        return self.module, self.name
+        module = self._module()
+        assert module is not None
+        return module, self.name
 
     @property
     def weight(self) -> Any:
         """Master weight ``[E, N, K]``."""
-        return getattr(self.module, self.name)
+        return self._read(self.name)
 
     @property
     def global_decode_scale(self) -> torch.Tensor:
         """float32 ``[E]``, one for each expert."""
-        return getattr(self.module, self._buffer_name)
+        return self._read(self._buffer_name)
 
     @global_decode_scale.setter
     def global_decode_scale(self, scale: torch.Tensor) -> None:
-        setattr(self.module, self._buffer_name, scale)
+        module = self._module()
+        assert module is not None
+        setattr(module, self._buffer_name, scale)
+
+    def bind(self, module: nn.Module) -> None:
+        """Say whose weight it is."""
+        self._module = ref(module)
+        self._tensors = ChainMap(cast(dict, module._parameters), cast(dict, module._buffers))
+
+    def _read(self, name: str) -> Any:
+        module = self._module()
+        # A weight that somebody keeps longer than its model stays what it was.
+        return self._tensors[name] if module is None else getattr(module, name)
 
     def fake_quantized_weight(self) -> torch.Tensor:
         """bfloat16 ``[E, N, K]``, no gradient; of a sharded weight, the experts that this process holds."""
@@ -80,7 +100,10 @@ class ExpertWeight:
         return fake_quantize_unchecked(own, scale, scale_rule=self.scale_rule)
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "weight_is_fake_quantized": False}  # a copy has no hooks that see to it
+        # A copy has no hooks that see to it, and its module binds it.
+        state = {**vars(self), "weight_is_fake_quantized": False}
+        del state["_module"], state["_tensors"]
+        return state
 
 
 class QATExperts(nn.Module):
@@ -98,6 +121,10 @@ class QATExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with fake-quantized weights."""
+        if "parametrizations" in self._modules:
+            for name, weight in self.nvfp4_weights.items():
+                if parametrize.is_parametrized(self, name):
+                    refuse_computed_weight(weight.scale_group)
         quantized = {name: weight for name, weight in self.nvfp4_weights.items() if not weight.weight_is_fake_quantized}
         if not quantized:
             return super().forward(*args, **kwargs)
@@ -122,6 +149,7 @@ class QATExperts(nn.Module):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         for weight in self.nvfp4_weights.values():
+            weight.bind(self)
             weight.global_scales.add(weight)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATExperts":

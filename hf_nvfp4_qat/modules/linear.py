@@ -11,12 +11,13 @@ again in backward: layers that share one keep it once.
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrize
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
 from hf_nvfp4_qat.numerics.activations import activation_amax, fake_quantize_activation
@@ -110,14 +111,35 @@ def check_adoptable(linear: nn.Linear, *, name: str) -> None:
     """Refuse a layer that cannot become a QATLinear.
 
     Raises:
-        ValueError: a weight without NVFP4 form, or a forward patched on the instance by somebody else.
+        ValueError: a weight without NVFP4 form or that is computed, or a forward patched on the instance by somebody
+            else.
     """
+    if "weight" not in linear._parameters:
+        refuse_computed_weight(name)
     check_weight(linear.weight, name=name)
     if "forward" in vars(linear) and "_old_forward" not in vars(linear):
         raise ValueError(
             f"QAT replaces the forward of nn.Linear; {name} carries a patched forward of its own, which would go on "
             "computing with unquantized weights. Prepare the model before it is patched, or exclude the layer."
         )
+
+
+def refuse_computed_weight(name: str) -> NoReturn:
+    """Refuse a layer whose weight is computed from other tensors: it can be neither kept fresh nor saved.
+
+    Within ``parametrize.cached()`` reading such a weight to refresh its scale would also keep it without its gradient.
+
+    Args:
+        name: module path, or the layer's group.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"NVFP4 QAT trains weights that are parameters themselves; {name} computes its weight from other tensors (a "
+        "parametrization, weight_norm, spectral_norm or pruning). Remove that from the layer first, for example with "
+        "`torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')`, or add the layer to `exclude`."
+    )
 
 
 class QATLinear(nn.Linear):
@@ -192,6 +214,8 @@ class QATLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""
+        if "parametrizations" in self._modules and parametrize.is_parametrized(self, "weight"):
+            refuse_computed_weight(f"a layer of group {self.scale_group}")
         compute_dtype = self.weight.dtype
         if torch.is_autocast_enabled(input.device.type):
             compute_dtype = torch.get_autocast_dtype(input.device.type)

@@ -13,6 +13,7 @@ from hf_nvfp4_qat.modules.experts import QATExperts, adopt_experts, why_not_trai
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight, scales_of
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
+from hf_nvfp4_qat.modules.past_forward import watch_first_forward
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.weight_clock import WeightClock
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
@@ -225,6 +226,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
         )
     for name in selected_experts:
         adopt_experts(model.get_submodule(name), name=name, global_scales=global_scales, scale_rule=recipe.scale_rule)
+    watch_first_forward(model)
     # Plain data, so that deepcopy and pickle carry it along.
     excluded: Any = {**_bare_routers(model), **reasons}
     model.nvfp4_excluded = excluded
@@ -279,11 +281,11 @@ def _source_of(module_class: Any) -> str:
 def _reads_weight(parent: nn.Module, local_name: str) -> bool:
     """Whether a module computes with the weight of a child itself, as Mamba mixers do, and so not with NVFP4 values.
 
-    Only the source tells before training.
+    Only the source tells before training: of the class and of those it inherits from.
     """
-    parent_class: Any = type(parent)
     pattern = rf"self\.{re.escape(local_name)}\.weight\b(?!\.(dtype|device|shape))"
-    return re.search(pattern, _source_of(parent_class)) is not None
+    own_classes = [base for base in type(parent).__mro__ if base not in nn.Module.__mro__]
+    return any(re.search(pattern, _source_of(base)) for base in own_classes)
 
 
 def _reason_to_exclude(

@@ -11,18 +11,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from hf_nvfp4_qat.checkpoint.card import TAGS
-from hf_nvfp4_qat.checkpoint.publish import PushToHub, publish_saved
-from hf_nvfp4_qat.checkpoint.save import SavePretrained
 from hf_nvfp4_qat.checkpoint.stream import check_expert_names
-from hf_nvfp4_qat.modules.linear import QATLinear
 from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, qat_weights, refresh_global_scales, swap_linears
+from hf_nvfp4_qat.quantizer.adapters import ADAPTER_MESSAGE, refuse_adapters_from_now_on
 from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
+from hf_nvfp4_qat.quantizer.saving import refuse_patched_saving, save_as_qat
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +107,17 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
         `model`.
 
     Raises:
-        ValueError: the model is quantized already, carries PEFT adapters, or has nothing to quantize.
+        ValueError: the model is quantized already, carries PEFT adapters or a patched way to save, or has nothing
+            to quantize.
     """
     config = config or NVFP4QATConfig()
     _refuse_quantized(model)
     if not isinstance(model, PreTrainedModel):
         swap_linears(model, config)
         refresh_global_scales(model)
-        _refuse_adapters_from_now_on()
+        refuse_adapters_from_now_on()
         return model
+    refuse_patched_saving(model)
     quantizer = NVFP4QATHfQuantizer(config, pre_quantized=False)
     quantizer.preprocess_model(model)
     model.hf_quantizer = quantizer
@@ -127,11 +127,9 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
 def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
     """After the weights are in place: scales, saving, and a line about what is covered."""
     refresh_global_scales(model)
-    # On the instance, not on the class: other models of the class keep upstream's method.
-    model.save_pretrained = SavePretrained(model, save_format=config.save_format, publish=publish_saved)
-    model.push_to_hub = PushToHub(model)
+    save_as_qat(model, config.save_format)
     model.add_model_tags([tag for tag in (*TAGS, "quantization-aware-training") if tag not in (model.model_tags or ())])
-    _refuse_adapters_from_now_on()
+    refuse_adapters_from_now_on()
     logger.info(coverage_of(model).summary)
 
 
@@ -165,28 +163,7 @@ def _refuse_quantized(model: nn.Module) -> None:
             "formats load the original, unquantized checkpoint."
         )
     if getattr(model, "peft_config", None):
-        raise ValueError(_ADAPTER_MESSAGE.format(name="the model"))
-
-
-_ADAPTER_MESSAGE = (
-    "PEFT adapters on NVFP4 QAT layers are not supported yet: the adapter would be added outside the quantized weight, "
-    "so the merged, served weight is not the trained one; {name} got an adapter. Train without `peft_config`, or "
-    "keep the adapted layers out of NVFP4 with `exclude`."
-)
-
-_adapter_hook = None
-
-
-def _refuse_adapters_from_now_on() -> None:
-    """PEFT has no hook to refuse a layer, but it must register the layer it wraps as a submodule."""
-    global _adapter_hook
-    if _adapter_hook is None:
-        _adapter_hook = register_module_module_registration_hook(_refuse_adapter)
-
-
-def _refuse_adapter(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    if name == "base_layer" and isinstance(submodule, QATLinear):
-        raise ValueError(_ADAPTER_MESSAGE.format(name=f"a layer of group {submodule.scale_group}"))
+        raise ValueError(ADAPTER_MESSAGE.format(name="the model"))
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

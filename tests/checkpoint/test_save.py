@@ -197,7 +197,7 @@ def test_saving_in_the_other_format_over_a_checkpoint_leaves_only_the_new_one(qa
     for save_format, max_shard_size in zip((first, then), sizes, strict=True):
         with torch.no_grad():
             qat_model.model.norm.weight.add_(1)
-        qat_model.save_pretrained.save_format = save_format
+        qat_model.nvfp4_save_format = save_format
         qat_model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.model.norm.weight.float(), qat_model.model.norm.weight)

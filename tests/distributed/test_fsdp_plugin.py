@@ -16,6 +16,7 @@ from processes import in_processes
 from sharding import exact_sums, largest_difference, spread
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import ProcessExitedException
+from torch.nn.modules.module import _global_forward_pre_hooks
 from transformers import Trainer, TrainingArguments
 
 from hf_nvfp4_qat import (
@@ -30,6 +31,15 @@ from hf_nvfp4_qat import (
 from hf_nvfp4_qat.distributed.gather_mode import gather_mode
 from hf_nvfp4_qat.distributed.packed_gather import gathers_packed
 from hf_nvfp4_qat.modules.swap import qat_modules
+
+
+def test_a_model_that_never_runs_leaves_no_hook_behind():
+    before = list(_global_forward_pre_hooks)
+    model = prepare_qat(tiny_qwen3())
+    NVFP4FSDPPlugin(fsdp_version=2, cpu_ram_efficient_loading=False).set_auto_wrap_policy(model)
+    assert len(_global_forward_pre_hooks) == len(before) + 1
+    del model
+    assert list(_global_forward_pre_hooks) == before
 
 
 def test_measured_inputs_and_efficient_loading_are_refused_together():

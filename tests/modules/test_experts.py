@@ -6,6 +6,8 @@ import pickle
 import pytest
 import torch
 from conftest import EXPERT_FAMILIES, tiny_moe, tiny_qwen3_moe, tokens
+from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from hf_nvfp4_qat import NVFP4QATConfig, coverage, fake_quantize_nvfp4, prepare_qat
@@ -305,3 +307,14 @@ def test_experts_can_be_left_out_and_the_report_says_so(capsys):
 def test_columns_that_blocks_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="down_proj has 24 columns"):
         prepare_qat(tiny_qwen3_moe(moe_intermediate_size=24))
+
+
+def test_experts_with_a_computed_weight_are_refused():
+    model = prepare_qat(tiny_qwen3_moe())
+    experts = model.model.layers[1].mlp.experts
+    parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.experts\.down_proj computes its weight from other"):
+        model(tokens())
+    parametrize.remove_parametrizations(experts, "down_proj")
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert experts.down_proj.grad.any()

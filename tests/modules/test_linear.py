@@ -8,13 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from conftest import take_step, tiny_qwen3, tokens
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
 from hf_nvfp4_qat.modules.global_scale import GlobalScales
 from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 
 
@@ -237,3 +241,50 @@ def test_a_layer_can_be_freed():
     gone = weakref.ref(layer)
     del layer
     assert gone() is None
+
+
+PARAMETRIZATIONS = {
+    "weight_norm": (nn.utils.parametrizations.weight_norm, parametrize.remove_parametrizations),
+    "spectral_norm": (nn.utils.parametrizations.spectral_norm, parametrize.remove_parametrizations),
+    "old weight_norm": (nn.utils.weight_norm, lambda layer, _: nn.utils.remove_weight_norm(layer)),
+    "old spectral_norm": (nn.utils.spectral_norm, lambda layer, _: nn.utils.remove_spectral_norm(layer)),
+    "pruning": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), prune.remove),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils")
+@pytest.mark.parametrize("put_on, take_off", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
+def test_a_computed_weight_is_refused_until_it_is_a_parameter_again(put_on, take_off, tmp_path):
+    model = prepare_qat(tiny_qwen3())
+    layer = model.model.layers[0].self_attn.o_proj
+    put_on(layer)
+    refusal = r"layers\.0\.self_attn\.o_proj computes its weight from other tensors"
+    if parametrize.is_parametrized(layer):
+        with pytest.raises(ValueError, match=refusal):
+            model(tokens())
+    with pytest.raises(ValueError, match=refusal):
+        model.save_pretrained(tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
+    take_off(layer, "weight")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = [take_step(model, optimizer).item() for _ in range(3)]
+    assert losses[2] < losses[0] and layer.global_scales.is_fresh(layer)
+    model.save_pretrained(tmp_path / "packed")
+    assert "model.layers.0.self_attn.o_proj.weight_packed" in load_file(tmp_path / "packed" / "model.safetensors")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils")
+def test_a_weight_that_is_computed_already_is_refused_before_any_layer_is_changed():
+    model = tiny_qwen3()
+    nn.utils.weight_norm(model.model.layers[1].self_attn.o_proj)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.o_proj computes its weight from other tensors"):
+        prepare_qat(model)
+    assert not qat_modules(model)
+
+
+def test_a_parametrized_bias_does_not_matter():
+    torch.manual_seed(0)
+    model = prepare_qat(nn.Sequential(nn.Linear(32, 16)))
+    expected = model(torch.ones(2, 32))
+    parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    assert torch.equal(model(torch.ones(2, 32)), expected)

@@ -1,5 +1,7 @@
 """Which layers are quantized, what the report says, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_llama, tiny_qwen3, tiny_qwen3_moe
@@ -137,6 +139,102 @@ def test_a_layer_whose_weight_the_parent_reads_itself_is_left_out():
     report = coverage(prepare_qat(nn.ModuleDict({"mixer": Mixer()})))
     assert report.quantized == ("mixer.in_proj", "mixer.x_proj")
     assert report.excluded["mixer.dt_proj"] == "its weight is read by Mixer, past its forward"
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_proj, self.dt_proj = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.in_proj(x) @ self.dt_proj.weight.t()
+
+
+class Inherits(ReadsWeight):
+    pass
+
+
+class InheritsTwice(Inherits):
+    def other(self):
+        return self.in_proj.weight.dtype
+
+
+@pytest.mark.parametrize("kind", [Inherits, InheritsTwice])
+def test_a_weight_that_an_inherited_forward_reads_is_left_out(kind):
+    report = coverage(prepare_qat(nn.ModuleDict({"mixer": kind()})))
+    assert report.quantized == ("mixer.in_proj",)
+    assert report.excluded["mixer.dt_proj"] == f"its weight is read by {kind.__name__}, past its forward"
+
+
+class ReadsByAnotherName(ReadsWeight):
+    """The source does not show whose weight it is."""
+
+    reads = "dt_proj"
+
+    def forward(self, x):
+        layer = getattr(self, self.reads)
+        return {"nested": [self.in_proj(x.to(layer.weight.dtype)) @ layer.weight.t()]}
+
+
+class Clean(ReadsByAnotherName):
+    def forward(self, x):
+        layer = self.dt_proj
+        return layer(self.in_proj(x.to(layer.weight.dtype)))
+
+
+class Model(nn.Module):
+    def __init__(self, mixer):
+        super().__init__()
+        self.mixer, self.head = mixer, nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.mixer(self.head(x))
+
+
+@pytest.fixture
+def unreadable_source(monkeypatch):
+    monkeypatch.setattr("hf_nvfp4_qat.modules.swap._source_of", lambda module_class: "")
+
+
+def test_a_weight_read_under_another_name_is_refused_at_the_first_training_forward(unreadable_source):
+    model = prepare_qat(Model(ReadsByAnotherName()))
+    with torch.no_grad():
+        model(torch.ones(2, 16))  # leaves no graph to look at
+    for twin in (model, copy.deepcopy(model), model):
+        with pytest.raises(ValueError, match=r"that of mixer\.dt_proj is read by another module.*Add it to `exclude`"):
+            twin(torch.ones(2, 16))
+    model = prepare_qat(Model(ReadsByAnotherName()), NVFP4QATConfig(exclude=["dt_proj"]))
+    model(torch.ones(2, 16))
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("make", [lambda: Model(Clean()), tiny_qwen3, tiny_qwen3_moe])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_that_reads_no_weight_is_looked_at_once_and_trains(make, checkpointing):
+    model = prepare_qat(make()).train()
+    if checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(torch.ones(2, 16) if isinstance(model, Model) else torch.ones(2, 16, dtype=torch.int64))
+    assert not model._forward_hooks
+
+
+def test_a_weight_that_is_gathered_in_nvfp4_may_be_read_anywhere(unreadable_source):
+    model = prepare_qat(Model(ReadsByAnotherName()))
+    for layer in qat_modules(model).values():
+        layer.weight_is_fake_quantized = True
+    model(torch.ones(2, 16))
+    assert not model._forward_hooks
+
+
+def test_a_layer_that_runs_and_whose_weight_is_also_read_is_left_alone(unreadable_source):
+    class Regularized(Clean):
+        def forward(self, x):
+            layer = self.dt_proj
+            return super().forward(x), layer.weight.square().sum()
+
+    model = prepare_qat(Model(Regularized()))
+    model(torch.ones(2, 16))
+    assert not model._forward_hooks
 
 
 def test_a_model_without_linears_is_refused():

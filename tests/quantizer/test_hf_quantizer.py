@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import load_qat, take_step, tiny_llama, tiny_qwen3, tokens
+from conftest import load_qat, take_step, tiny_llama, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -108,17 +108,6 @@ def test_a_quantized_model_is_refused_by_prepare_with_the_way_out(qat_model, tmp
         prepare_qat(AutoModelForCausalLM.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match="trains in NVFP4 already"):
         prepare_qat(qat_model)
-
-
-def test_peft_adapters_are_refused_on_qat_layers_and_allowed_elsewhere(qat_model, qwen3_dir):
-    peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="PEFT adapters on NVFP4 QAT layers are not supported yet.*qkv_proj"):
-        peft.get_peft_model(qat_model, peft.LoraConfig(target_modules=["q_proj"]))
-    attention_free = load_qat(qwen3_dir, NVFP4QATConfig(preset="ffn_only"))
-    peft.get_peft_model(attention_free, peft.LoraConfig(target_modules=["q_proj"]))
-    adapted = peft.get_peft_model(tiny_qwen3(), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="PEFT adapters"):
-        prepare_qat(adapted)
 
 
 def test_hooks_take_the_arguments_of_both_supported_transformers_versions():
