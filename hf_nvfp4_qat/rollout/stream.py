@@ -179,6 +179,7 @@ class RolloutStream:
             for item in layout:
                 # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
                 yield item.name, tensors.pop(item.name)
+        self._gathers = iter(())  # which held this object, and with it the model
 
     def take_part(self) -> None:
         """After an error, run the gathers that the other processes still wait for, and drop what they bring.
