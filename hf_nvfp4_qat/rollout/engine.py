@@ -303,6 +303,12 @@ class _CopyWatcher(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_NOT_PACKED = (
+    " If it is, and vLLM does not load the saved checkpoint either, this loader takes no packed tensors for this layer: "
+    "add the layer to `exclude`."
+)
+
+
 def _watch_loading(
     model: Any,
     loaders: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, Any]],
@@ -343,10 +349,11 @@ def _watch_loading(
         model.load_weights(announced())
     except Exception as error:
         item = next((item for item in layout if item.name == current[0]), current[0])
+        is_packed = current[0].endswith((PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
         raise ValueError(
-            f"The engine cannot take {item}: {type(error).__name__} {error}. Either it runs another model or another "
-            f"quantization than the trainer, or vLLM's loader of {type(model).__name__} takes no packed tensors for "
-            "this layer: then add the layer to `exclude`. Nothing was sent."
+            f"The engine cannot take {item}: vLLM's loader of {type(model).__name__} says {type(error).__name__} {error}. "
+            "Make the engine from the trainer's model, with its NVFP4 configuration (`engine_arguments`)."
+            f"{_NOT_PACKED if is_packed else ''} Nothing was sent."
         ) from error
     finally:
         for tensor, _, loader in loaders.values():
@@ -393,6 +400,12 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
+_OWN_CONFIG = (
+    "Compare the engine's config.json with the trainer's model (layers, sizes, tied embeddings), and start the engine "
+    "with the trainer's NVFP4 configuration (`engine_arguments`)."
+)
+
+
 def _check_tiling(
     placements: list[Placement],
     expected: dict[tuple[str, str], torch.Size],
@@ -420,14 +433,14 @@ def _check_tiling(
         raise ValueError("Each tensor is pushed once; some name comes twice. Nothing was sent.")
     if unplaced := [name for name, numel in sent.items() if not numel]:
         raise ValueError(
-            f"The engine must take every tensor; it has no place for {_listed(unplaced)}. It runs another model than "
-            "the trainer, or was not started with the trainer's NVFP4 configuration. Nothing was sent."
+            f"The engine must take every tensor; vLLM's loader took nothing of {_listed(unplaced)}, without an error. "
+            f"{_OWN_CONFIG} Nothing was sent."
         )
     for item in layout:
         if is_whole and sent[item.name] != torch.Size(item.shape).numel():
             raise ValueError(
-                f"The engine must take tensors whole; of {item} it takes {sent[item.name]} elements. "
-                "It runs another model than the trainer. Nothing was sent."
+                f"The engine must take tensors whole; vLLM's loader took {sent[item.name]} of "
+                f"{torch.Size(item.shape).numel()} elements of {item}. {_OWN_CONFIG} Nothing was sent."
             )
     for (module, parameter), shape in expected.items():
         regions = filled.get((module, parameter), {})
@@ -436,7 +449,8 @@ def _check_tiling(
             came = sorted(set(regions.values()))
             raise ValueError(
                 f"Every part of the engine's weights must be pushed; {module}.{parameter} {list(shape)} gets "
-                f"{num_filled} of {shape.numel()} elements, from {_listed(came) or 'no tensor'}. Nothing was sent."
+                f"{num_filled} of {shape.numel()} elements, from {_listed(came) or 'no tensor'}. {_OWN_CONFIG} "
+                "Nothing was sent."
             )
 
 

@@ -252,12 +252,12 @@ def is_filled_by_loading(module: nn.Module, name: str) -> bool:
     from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.model_executor.model_loader.reload import meta
 
-    # 0.26 has one list of names that are never loaded, newer versions a shorter one without the biases. The parameters
-    # on it are loaded all the same (`e_score_correction_bias`), past the reload, into where they are.
-    never_loaded = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS - {"bias"})
+    # 0.26 has one list of names that are never loaded, newer versions a shorter one without the biases. One name on it
+    # is loaded all the same, past the reload: experts and router share the tensor, so it stays where it is.
+    never_loaded = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS - {"bias"}) - {"e_score_correction_bias"}
     # The scales of attention have defaults, and checkpoints in this format do not bring them.
     return (
         name not in module._non_persistent_buffers_set
-        and (name not in never_loaded or name in module._parameters)
+        and name not in never_loaded
         and not isinstance(module, (Attention, MLAAttention))
     )
