@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -70,8 +71,8 @@ def place_tensors(
     tied = _tied_parameters(model)
     stacked = StackedExperts(layout, experts or {})
     with current_config(worker):
-        loaders = unprocessed_loaders(model)
         try:
+            loaders = unprocessed_loaders(model)
             expected = {key: stand_in.shape for key, (_, stand_in, _) in loaders.items() if key not in tied}
             placements = stacked.placements(_watch_loading(model, loaders, stacked.probes))
         finally:
@@ -351,8 +352,9 @@ def _watch_loading(
         item = next((item for item in layout if item.name == current[0]), current[0])
         is_packed = current[0].endswith((PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
         raise ValueError(
-            f"The engine cannot take {item}: vLLM's loader of {type(model).__name__} says {type(error).__name__} {error}. "
-            "Make the engine from the trainer's model, with its NVFP4 configuration (`engine_arguments`)."
+            f"The engine cannot take {item}: vLLM's loader of {type(model).__name__} says {type(error).__name__} "
+            f"{shorten(str(error), 400, placeholder=' …')}. Make the engine from the trainer's model, with its "
+            "NVFP4 configuration (`engine_arguments`)."
             f"{_NOT_PACKED if is_packed else ''} Nothing was sent."
         ) from error
     finally:

@@ -9,6 +9,7 @@ version    what differs                                                         
 < 0.28     so are the global scales of fused experts                                 `stable_addresses`
 all        a reload that fails half-way leaves modules on the meta device, and       `abandon_reload`
            counts what was loaded before towards the next attempt
+all        a reload asks each loader for its name, which a partial function lacks   `unprocessed_loaders`
 all        on some CPUs an output embedding that is tied to the input embedding     `refresh_copies`
            computes with a copy of it, made when the engine started; and Mamba 2
            with a copy of its convolution's weight
@@ -17,6 +18,7 @@ all        on a CPU that multiplies bfloat16, a convolution's weight is rearrang
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,6 +99,12 @@ def unprocessed_loaders(model: nn.Module) -> dict[tuple[str, str], tuple[torch.T
     """
     from vllm.model_executor.model_loader.reload import layerwise, meta
 
+    for module in model.modules():
+        for tensors in (layerwise.get_layer_tensors(module), *layerwise.get_layerwise_info(module).restore_metadata):
+            for tensor in tensors.values():
+                loader = getattr(tensor, "weight_loader", None)
+                if isinstance(loader, partial):
+                    loader.__name__ = loader.func.__name__  # type: ignore[attr-defined]
     layerwise.initialize_layerwise_reload(model)
     loaders: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, Any]] = {}
     seen: set[int] = set()
