@@ -305,8 +305,8 @@ class _CopyWatcher(TorchDispatchMode):
 
 
 _NOT_PACKED = (
-    " If it is, and vLLM does not load the saved checkpoint either, this loader takes no packed tensors for this layer: "
-    "add the layer to `exclude`."
+    " If it is, and vLLM does not load the saved checkpoint either, this loader takes no packed tensors for this "
+    "layer: add the layer to `exclude`."
 )
 
 
@@ -428,7 +428,9 @@ def _check_tiling(
                 )
         regions[placement.target] = placement.tensor
     # By source: a loader may copy the same part twice.
-    num_copied = {(copy.tensor, copy.source): _num_elements(copy.target) for copy in placements if copy.source is not None}
+    num_copied = {
+        (copy.tensor, copy.source): _num_elements(copy.target) for copy in placements if copy.source is not None
+    }
     for (tensor, _), num_elements in num_copied.items():
         sent[tensor] = sent.get(tensor, 0) + num_elements
     if len(sent) != len(layout):
