@@ -77,16 +77,17 @@ class StackedExperts:
                     "is not supported. Nothing was sent."
                 )
             kind = placement.tensor.rpartition(".")[2]
-            source: Region | None = ((0, self._num_experts[name]),)
+            experts = (0, self._num_experts[name])
+            source: Region | None = (experts,)
             if kind == INPUT_GLOBAL_SCALE:
                 source = None
             elif kind != GLOBAL_ENCODE_SCALE:
                 (start, stop), columns = placement.source
-                source = (*source, (part.rows.start + start, part.rows.start + stop), columns)
+                source = (experts, (part.rows.start + start, part.rows.start + stop), columns)
             whole = replace(
                 placement,
                 tensor=name,
-                target=((0, self._num_experts[name]), *rest),
+                target=(experts, *rest),
                 source=source,
                 constant=1.0 if kind == INPUT_GLOBAL_SCALE else 0.0,
             )

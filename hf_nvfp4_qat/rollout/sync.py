@@ -152,6 +152,7 @@ def check(engine: Any, model: nn.Module) -> EngineCheck:
         # By source: an engine may keep the same values twice, as keys and as values say.
         num_found: dict[Region | None, int] = {}
         for placement in placements:
+            assert placement.source is not None  # else it is not compared
             found = reader.read(placement)
             expected = weight[slices(placement.source, widen=1 + source.is_quantized)].to(found.device, found.dtype)
             num_different += int((found.view(expected.shape) != expected).sum())
@@ -261,6 +262,7 @@ class _EnginePlan:
             replace(placement, source=((part.expert, part.expert + 1), (start + first, start + last), columns))
             for part in source.parts
             for placement in self.by_tensor.get(f"{layer_of(part.name)}.{PACKED}", [])
+            if placement.source is not None
             for start in [part.rows.start]
             for (first, last), columns in [placement.source]
         ]

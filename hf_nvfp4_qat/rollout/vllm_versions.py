@@ -197,8 +197,9 @@ def refresh_copies(model: nn.Module) -> None:
         if isinstance(module, VocabParallelEmbedding) and not module.weight.is_meta:
             module.quant_method.process_weights_after_loading(module)
         copy = module._buffers.get("conv_weights")
-        if copy is not None:
-            copy.copy_(convolution_weight(module.conv1d).view(copy.shape))
+        weight = None if copy is None else convolution_weight(module.conv1d)
+        if copy is not None and weight is not None:
+            copy.copy_(weight.view(copy.shape))
 
 
 def convolution_weight(module: Any) -> torch.Tensor | None:
