@@ -13,7 +13,7 @@ from hf_nvfp4_qat.rollout import sync as sync_module
 from hf_nvfp4_qat.rollout.engine import kernel_name, place_tensors
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.sync import check, engine_arguments, refuse_to_generate, sync, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors
+from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors, unprocessed_loaders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -402,6 +402,21 @@ def test_placing_tensors_changes_nothing(engine, model):
     first = place_tensors(worker, RolloutStream(model).layout)
     assert place_tensors(worker, RolloutStream(model).layout) == first
     assert generate(engine) == before
+
+
+def test_an_engine_whose_loaders_cannot_be_watched_stays_as_it_is(engine, model, monkeypatch):
+    sync(engine, model)
+    before = generate(engine)
+
+    def broken(engine_model):
+        unprocessed_loaders(engine_model)
+        raise AttributeError("a loader without a name")
+
+    monkeypatch.setattr("hf_nvfp4_qat.rollout.engine.unprocessed_loaders", broken)
+    with pytest.raises(AttributeError, match="without a name"):
+        place_tensors(worker_of(engine), RolloutStream(model).layout)
+    assert generate(engine) == before
+    assert check(engine, model).ok
 
 
 def test_an_engine_outside_this_process_is_refused(model):
