@@ -307,11 +307,16 @@ def push(monkeypatch, engine, model, make_faulty):
         (lambda stream: stream.drop("embed_tokens.weight"), r"embed_tokens\.weight .*no tensor"),
         (lambda stream: stream.announce("q_proj.weight_packed", shape=(128, 62)), "cannot take .*q_proj.weight_packed"),
         (lambda stream: stream.announce("q_proj.weight_packed", shape=(256, 64)), "must take tensors whole"),
+        # What is not packed is not helped by `exclude`.
+        (
+            lambda stream: stream.announce("0.input_layernorm.weight", shape=(64,)),
+            "cannot take .*0.input_layernorm(?!.*exclude)",
+        ),
         (lambda stream: stream.announce("down_proj.weight_scale", dtype=torch.uint8), "expected torch.float8_e4m3fn"),
         (lambda stream: stream.announce("layers.0.mlp.up_proj.weight_scale", name="lost.weight_scale"), "lost"),
         (lambda stream: stream.announce("1.mlp.up_proj.weight_packed", name=f"{MLP}.up_proj.weight_packed"), ""),
     ],
-    ids=["sibling", "half of gate_up", "norm", "embedding", "shape", "too tall", "dtype", "name", "twice"],
+    ids=["sibling", "half", "norm", "embedding", "shape", "too tall", "norm shape", "dtype", "name", "twice"],
 )  # fmt: skip
 def test_a_push_that_does_not_fit_is_refused_before_the_first_byte(engine, model, monkeypatch, make_faulty, message):
     sync(engine, model)
