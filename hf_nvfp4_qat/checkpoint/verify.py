@@ -117,8 +117,9 @@ def _check_against_model(reader: CheckpointReader, model: PreTrainedModel, repor
             names.discard(name)
             stored = reader.get_tensor(name)
             same = stored.dtype == tensor.dtype and stored.shape == tensor.shape
-            # Compared as bytes: float8 has no equality of its own, and bit for bit is the promise.
-            if same and torch.equal(stored.view(torch.uint8), tensor.cpu().reshape(stored.shape).view(torch.uint8)):
+            # Compared as bytes: float8 has no equality of its own, and bit for bit is the promise. Flat: a tensor
+            # without dims has no bytes to view.
+            if same and torch.equal(stored.view(-1).view(torch.uint8), tensor.cpu().reshape(-1).view(torch.uint8)):
                 report.num_compared += 1
             else:
                 report.problems.append(f"{name}: differs from the model's")

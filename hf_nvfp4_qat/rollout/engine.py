@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -29,10 +30,11 @@ from hf_nvfp4_qat.rollout.vllm_versions import (
     abandon_reload,
     begin_module,
     can_replay,
+    convolution_weight,
     current_config,
     finish_module,
     is_kept_as_loaded,
-    refresh_tied,
+    refresh_copies,
     stable_addresses,
     unprocessed_loaders,
 )
@@ -44,8 +46,8 @@ def _num_elements(region: Region) -> int:
 
 def slices(region: Region, *, widen: int = 1) -> tuple[slice, ...]:
     """`region` as an index; `widen` multiplies the last dim, from packed bytes to the two values in each."""
-    *outer, (start, stop) = region
-    return (*(slice(*part) for part in outer), slice(widen * start, widen * stop))
+    factors = [1] * (len(region) - 1) + [widen]
+    return tuple(slice(factor * start, factor * stop) for factor, (start, stop) in zip(factors, region, strict=False))
 
 
 def place_tensors(
@@ -69,8 +71,8 @@ def place_tensors(
     tied = _tied_parameters(model)
     stacked = StackedExperts(layout, experts or {})
     with current_config(worker):
-        loaders = unprocessed_loaders(model)
         try:
+            loaders = unprocessed_loaders(model)
             expected = {key: stand_in.shape for key, (_, stand_in, _) in loaders.items() if key not in tied}
             placements = stacked.placements(_watch_loading(model, loaders, stacked.probes))
         finally:
@@ -90,7 +92,7 @@ def load_tensors(worker: Any, tensors: Iterable[NamedTensor], layout: Sequence[T
     with current_config(worker), stable_addresses(model), torch.no_grad():
         try:
             worker.reload_weights(weights_iterator=_as_announced(tensors, layout))
-            refresh_tied(model)
+            refresh_copies(model)
         except BaseException:
             abandon_reload(model, worker.model_config)
             raise
@@ -132,7 +134,7 @@ class Replay:
                             if path not in raw:
                                 raw[path] = begin_module(module)
                             target = raw[path][placement.parameter].data
-                        if placement.source:
+                        if placement.source is not None:
                             part = tensor[slices(placement.source)]
                             target[slices(placement.target)].view(part.shape).copy_(part)
                         else:
@@ -141,7 +143,7 @@ class Replay:
                         if not num_missing[path] and path in raw:
                             finish_module(module)
                             del raw[path]
-                refresh_tied(self._model)
+                refresh_copies(self._model)
             except BaseException:
                 abandon_reload(self._model, self._worker.model_config)
                 raise
@@ -171,7 +173,10 @@ class EngineReader:
         if name != placement.parameter:
             weight = self._decoded(f"{placement.module}.{name}", partial(expert_weights, module, name))
             return weight[slices(placement.target, widen=2)]
-        if not _is_linear(module) or placement.parameter not in ("weight", PACKED, "bias"):
+        convolution = convolution_weight(module)
+        if convolution is not None and placement.parameter == "weight":
+            return convolution.detach()[slices(placement.target)]
+        if convolution is not None or not _is_linear(module) or placement.parameter not in ("weight", PACKED, "bias"):
             return getattr(module, placement.parameter).detach()[slices(placement.target)]
         if placement.parameter == "bias":
             return _linear_bias(module)[slices(placement.target)]
@@ -188,7 +193,7 @@ class EngineReader:
 
 def is_compared(placement: Placement) -> bool:
     """Whether a placement holds values of its own to compare: not a constant, and not the scales, which codes imply."""
-    return bool(placement.source) and not placement.parameter.endswith((BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
+    return placement.source is not None and not placement.parameter.endswith((BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
 
 
 _WEIGHT_ONLY_KERNELS = ("Marlin", "Humming", "W4A16", "Reference")
@@ -232,21 +237,21 @@ def _in_features(module: Any) -> int:
 
 
 def _linear_weight(module: Any, *, rows_at_once: int = 1024) -> torch.Tensor:
-    """The weight ``[N, K]`` that a linear layer multiplies with, bfloat16."""
-    in_features, device = _in_features(module), _device(module)
+    """The weight ``[N, K]`` that a linear layer multiplies with, in the dtype of its inputs."""
+    in_features, device, dtype = _in_features(module), _device(module), module.params_dtype
     input_scale = getattr(module, INPUT_GLOBAL_SCALE, None)
     one = 1.0 if input_scale is None else 6.0 * float(input_scale)
     parts = []
     for start in range(0, in_features, rows_at_once):
         rows = min(rows_at_once, in_features - start)
-        identity = torch.zeros(rows, in_features, dtype=torch.bfloat16, device=device)
+        identity = torch.zeros(rows, in_features, dtype=dtype, device=device)
         identity.view(-1)[start :: in_features + 1] = one
-        parts.append((module.quant_method.apply(module, identity, None).t() / one).to(torch.bfloat16))
+        parts.append((module.quant_method.apply(module, identity, None).t() / one).to(dtype))
     return torch.cat(parts, dim=1)
 
 
 def _linear_bias(module: Any) -> torch.Tensor:
-    zeros = torch.zeros(1, _in_features(module), dtype=torch.bfloat16, device=_device(module))
+    zeros = torch.zeros(1, _in_features(module), dtype=module.params_dtype, device=_device(module))
     return module.quant_method.apply(module, zeros, module.bias)[0]
 
 
@@ -299,6 +304,12 @@ class _CopyWatcher(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_NOT_PACKED = (
+    " If it is, and vLLM does not load the saved checkpoint either, this loader takes no packed tensors for this "
+    "layer: add the layer to `exclude`."
+)
+
+
 def _watch_loading(
     model: Any,
     loaders: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, Any]],
@@ -339,10 +350,12 @@ def _watch_loading(
         model.load_weights(announced())
     except Exception as error:
         item = next((item for item in layout if item.name == current[0]), current[0])
+        is_packed = current[0].endswith((PACKED, BLOCK_SCALE, GLOBAL_ENCODE_SCALE))
         raise ValueError(
-            f"The engine cannot take {item}: {type(error).__name__} {error}. Either it runs another model or another "
-            f"quantization than the trainer, or vLLM's loader of {type(model).__name__} takes no packed tensors for "
-            "this layer: then add the layer to `exclude`. Nothing was sent."
+            f"The engine cannot take {item}: vLLM's loader of {type(model).__name__} says {type(error).__name__} "
+            f"{shorten(str(error), 400, placeholder=' …')}. Make the engine from the trainer's model, with its "
+            "NVFP4 configuration (`engine_arguments`)."
+            f"{_NOT_PACKED if is_packed else ''} Nothing was sent."
         ) from error
     finally:
         for tensor, _, loader in loaders.values():
@@ -362,7 +375,7 @@ def _placement(
 ) -> Placement:
     if not isinstance(source, torch.Tensor):
         # A constant: zeros in the rows of an embedding beyond the vocabulary. Anything else is not repeated here.
-        return Placement(current, *key, _region(parameter, target), (), is_plain=source == 0.0)
+        return Placement(current, *key, _region(parameter, target), None, is_plain=source == 0.0)
     is_own = _storage(source) in name_of
     name = name_of.get(_storage(source), current)
     if source.dtype != target.dtype and not (source.dtype.itemsize > 1 and target.dtype.itemsize > 1):
@@ -374,17 +387,25 @@ def _placement(
 
 def _region(whole: torch.Tensor, part: torch.Tensor) -> Region:
     """Which rectangle of contiguous `whole` its view `part` is."""
-    offset = part.storage_offset()
-    lengths = {stride: size for stride, size in zip(part.stride(), part.shape, strict=True) if size != 1}
-    region = []
-    for size, stride in zip(whole.shape, whole.stride(), strict=True):
-        start = offset // stride % size if size else 0
-        region.append((start, start + (lengths.get(stride, 1) if part.numel() else 0)))
-    return tuple(region)
+    if not part.numel():
+        return ((0, 0),) * whole.ndim
+    # Its two corners. Strides are of no use to tell dims apart: a dim of size 1 has the stride of its neighbour.
+    first = part.storage_offset()
+    last = first + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+    return tuple(
+        (first // stride % size, last // stride % size + 1)
+        for size, stride in zip(whole.shape, whole.stride(), strict=True)
+    )
 
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+_OWN_CONFIG = (
+    "Compare the engine's config.json with the trainer's model (layers, sizes, tied embeddings), and start the engine "
+    "with the trainer's NVFP4 configuration (`engine_arguments`)."
+)
 
 
 def _check_tiling(
@@ -407,21 +428,23 @@ def _check_tiling(
                 )
         regions[placement.target] = placement.tensor
     # By source: a loader may copy the same part twice.
-    num_copied = {(copy.tensor, copy.source): _num_elements(copy.target) for copy in placements if copy.source}
+    num_copied = {
+        (copy.tensor, copy.source): _num_elements(copy.target) for copy in placements if copy.source is not None
+    }
     for (tensor, _), num_elements in num_copied.items():
         sent[tensor] = sent.get(tensor, 0) + num_elements
     if len(sent) != len(layout):
         raise ValueError("Each tensor is pushed once; some name comes twice. Nothing was sent.")
     if unplaced := [name for name, numel in sent.items() if not numel]:
         raise ValueError(
-            f"The engine must take every tensor; it has no place for {_listed(unplaced)}. It runs another model than "
-            "the trainer, or was not started with the trainer's NVFP4 configuration. Nothing was sent."
+            f"The engine must take every tensor; vLLM's loader took nothing of {_listed(unplaced)}, without an error. "
+            f"{_OWN_CONFIG} Nothing was sent."
         )
     for item in layout:
         if is_whole and sent[item.name] != torch.Size(item.shape).numel():
             raise ValueError(
-                f"The engine must take tensors whole; of {item} it takes {sent[item.name]} elements. "
-                "It runs another model than the trainer. Nothing was sent."
+                f"The engine must take tensors whole; vLLM's loader took {sent[item.name]} of "
+                f"{torch.Size(item.shape).numel()} elements of {item}. {_OWN_CONFIG} Nothing was sent."
             )
     for (module, parameter), shape in expected.items():
         regions = filled.get((module, parameter), {})
@@ -430,7 +453,8 @@ def _check_tiling(
             came = sorted(set(regions.values()))
             raise ValueError(
                 f"Every part of the engine's weights must be pushed; {module}.{parameter} {list(shape)} gets "
-                f"{num_filled} of {shape.numel()} elements, from {_listed(came) or 'no tensor'}. Nothing was sent."
+                f"{num_filled} of {shape.numel()} elements, from {_listed(came) or 'no tensor'}. {_OWN_CONFIG} "
+                "Nothing was sent."
             )
 
 

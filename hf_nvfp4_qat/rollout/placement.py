@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 Region = tuple[tuple[int, int], ...]
-"""(start, stop) per dim of a tensor."""
+"""(start, stop) per dim of a tensor; empty for a tensor without dims, which is one value."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class Placement:
         module, parameter: path of the engine's module and name of its tensor, as checkpoints see it.
         target, source: rectangles of the parameter and of the pushed tensor.
         is_plain: values arrive unchanged; False where a loader computes with them first, or transposes.
-        constant: what `target` is filled with where `source` is empty.
+        constant: what `target` is filled with where there is no `source`.
     """
 
     tensor: str
     module: str
     parameter: str
     target: Region
-    source: Region
+    source: Region | None
     is_plain: bool = True
     constant: float = 0.0

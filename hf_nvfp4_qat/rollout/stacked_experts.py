@@ -70,23 +70,24 @@ class StackedExperts:
                 continue
             name, part = self._part_of[placement.tensor]
             expert, *rest = placement.target
-            if expert != (part.expert, part.expert + 1) or not placement.source:
+            if expert != (part.expert, part.expert + 1) or placement.source is None:
                 raise ValueError(
                     f"The engine must keep expert {part.expert} of {name} as number {part.expert} of "
                     f"{placement.module}.{placement.parameter}; it keeps it at {placement.target}. Expert parallelism "
                     "is not supported. Nothing was sent."
                 )
             kind = placement.tensor.rpartition(".")[2]
-            source: Region = ((0, self._num_experts[name]),)
+            experts = (0, self._num_experts[name])
+            source: Region | None = (experts,)
             if kind == INPUT_GLOBAL_SCALE:
-                source = ()
+                source = None
             elif kind != GLOBAL_ENCODE_SCALE:
                 (start, stop), columns = placement.source
-                source = (*source, (part.rows.start + start, part.rows.start + stop), columns)
+                source = (experts, (part.rows.start + start, part.rows.start + stop), columns)
             whole = replace(
                 placement,
                 tensor=name,
-                target=((0, self._num_experts[name]), *rest),
+                target=(experts, *rest),
                 source=source,
                 constant=1.0 if kind == INPUT_GLOBAL_SCALE else 0.0,
             )

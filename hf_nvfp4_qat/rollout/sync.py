@@ -31,7 +31,7 @@ from hf_nvfp4_qat.rollout.engine import (
     place_tensors,
     slices,
 )
-from hf_nvfp4_qat.rollout.placement import Placement
+from hf_nvfp4_qat.rollout.placement import Placement, Region
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
 from hf_nvfp4_qat.rollout.vllm_versions import register_empty_loader, vllm_version
 
@@ -173,21 +173,24 @@ def _compare(worker: Any, stream: RolloutStream) -> EngineCheck:
         if source.global_decode_scale is not None:
             weight = fake_quantize_unchecked(weight, source.global_decode_scale(), scale_rule=source.scale_rule)
         weight = weight.to(source.dtype)
-        num_found = num_different = 0
+        num_different = 0
+        # By source: an engine may keep the same values twice, as keys and as values say.
+        num_found: dict[Region | None, int] = {}
         for placement in placements:
+            assert placement.source is not None  # else it is not compared
             found = reader.read(placement)
             expected = weight[slices(placement.source, widen=1 + source.is_quantized)].to(found.device, found.dtype)
             num_different += int((found.view(expected.shape) != expected).sum())
-            num_found += found.numel()
+            num_found[placement.source] = found.numel()
         if is_whole:
-            num_different += weight.numel() - num_found
+            num_different += weight.numel() - sum(num_found.values())
         if source.input_amax is not None:
             expected = 1 / global_decode_scale_of_amax(source.input_amax())
             for placement in plan.by_tensor[f"{layer_of(source.name)}.{INPUT_GLOBAL_SCALE}"]:
                 num_different += int((reader.read(placement) != expected).sum())
         if num_different:
             different[source.name] = num_different
-        num_weights += num_found
+        num_weights += sum(num_found.values())
     return EngineCheck(num_weights, different, tuple(not_compared))
 
 
@@ -349,6 +352,7 @@ class _EnginePlan:
             replace(placement, source=((part.expert, part.expert + 1), (start + first, start + last), columns))
             for part in source.parts
             for placement in self.by_tensor.get(f"{layer_of(part.name)}.{PACKED}", [])
+            if placement.source is not None
             for start in [part.rows.start]
             for (first, last), columns in [placement.source]
         ]

@@ -9,13 +9,17 @@ version    what differs                                                         
 < 0.28     so are the global scales of fused experts                                 `stable_addresses`
 all        a reload that fails half-way leaves modules on the meta device, and       `abandon_reload`
            counts what was loaded before towards the next attempt
-all        on some CPUs an output embedding that is tied to the input embedding     `refresh_tied`
-           computes with a copy of it, made when the engine started
+all        a reload asks each loader for its name, which a partial function lacks   `unprocessed_loaders`
+all        on some CPUs an output embedding that is tied to the input embedding     `refresh_copies`
+           computes with a copy of it, made when the engine started; and Mamba 2
+           with a copy of its convolution's weight
+all        on a CPU that multiplies bfloat16, a convolution's weight is rearranged     `convolution_weight`
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,17 +123,23 @@ def unprocessed_loaders(model: nn.Module) -> dict[tuple[str, str], tuple[torch.T
     """
     from vllm.model_executor.model_loader.reload import layerwise, meta
 
+    for module in model.modules():
+        for tensors in (layerwise.get_layer_tensors(module), *layerwise.get_layerwise_info(module).restore_metadata):
+            for tensor in tensors.values():
+                loader = getattr(tensor, "weight_loader", None)
+                if isinstance(loader, partial):
+                    loader.__name__ = loader.func.__name__  # type: ignore[attr-defined]
     layerwise.initialize_layerwise_reload(model)
-    return {
-        (path, name): (
-            tensor,
-            tensor if tensor.is_meta else meta.to_meta_tensor(tensor),
-            layerwise._get_original_loader(tensor),
-        )
-        for path, module in model.named_modules()
-        for name, tensor in layerwise.get_layer_tensors(module).items()
-        if is_filled_by_loading(module, name)
-    }
+    loaders: dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, Any]] = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        for name, tensor in layerwise.get_layer_tensors(module).items():
+            # A loader knows a tensor that two modules share by its first name.
+            if is_filled_by_loading(module, name) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                stand_in = tensor if tensor.is_meta else meta.to_meta_tensor(tensor)
+                loaders[path, name] = (tensor, stand_in, layerwise._get_original_loader(tensor))
+    return loaders
 
 
 def abandon_reload(model: nn.Module, model_config: Any) -> None:
@@ -196,8 +206,12 @@ def is_kept_as_loaded(module: nn.Module) -> bool:
     return getattr(module, "quant_method", None) is None
 
 
-def refresh_tied(model: nn.Module) -> None:
-    """On a CPU, let embeddings that share a weight, of which one was processed, all compute with what it is now."""
+def refresh_copies(model: nn.Module) -> None:
+    """On a CPU, let what computes with a copy of a weight, made when the engine started, compute with what it is now.
+
+    Such are embeddings that share a weight, of which one was processed, and Mamba 2, whose view of the convolution's
+    weight is left behind when the weight is rearranged.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.platforms import current_platform
 
@@ -206,23 +220,47 @@ def refresh_tied(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, VocabParallelEmbedding) and not module.weight.is_meta:
             module.quant_method.process_weights_after_loading(module)
+        copy = module._buffers.get("conv_weights")
+        weight = None if copy is None else convolution_weight(module.conv1d)
+        if copy is not None and weight is not None:
+            copy.copy_(weight.view(copy.shape))
+
+
+def convolution_weight(module: Any) -> torch.Tensor | None:
+    """``[C, 1, width]`` of a causal convolution, which vLLM makes of a linear layer; None for other layers."""
+    # A CPU may have it in another order, and this beside it.
+    in_order = vars(module).get("_cpu_unpacked_conv_weight")
+    if in_order is not None:
+        return in_order[:, None]
+    weight = module._parameters.get("weight")
+    return weight if weight is not None and weight.ndim == 3 else None
 
 
 def register_empty_loader() -> str:
     """Register a load format for an engine that waits for its first push, and name it.
 
     vLLM's own "dummy" leaves packed codes uninitialized and draws global scales around zero: the weights decode to
-    infinities and NaN, which vLLM's warm-up samples from. Here every quantized weight is zero.
+    infinities and NaN, which vLLM's warm-up samples from. Here every quantized weight is zero. It also draws what no
+    checkpoint brings, such as the scales of attention; here that keeps its default.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+    from vllm.model_executor.model_loader.reload import layerwise
 
     global _empty_loader
     if _empty_loader is None:
 
         class EmptyModelLoader(DummyModelLoader):
             def load_weights(self, model: nn.Module, model_config: Any) -> None:
+                defaults = [
+                    (tensor, tensor.clone())
+                    for module in model.modules()
+                    for name, tensor in layerwise.get_layer_tensors(module).items()
+                    if not is_filled_by_loading(module, name)
+                ]
                 super().load_weights(model, model_config)
+                for tensor, default in defaults:
+                    tensor.data.copy_(default)
                 for name, parameter in model.named_parameters():
                     if name.endswith(PACKED):
                         parameter.data.zero_()
@@ -247,8 +285,9 @@ def is_filled_by_loading(module: nn.Module, name: str) -> bool:
     from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.model_executor.model_loader.reload import meta
 
-    # 0.26 has one list of names that are never loaded, newer versions a shorter one without the biases.
-    never_loaded = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS - {"bias"})
+    # 0.26 has one list of names that are never loaded, newer versions a shorter one without the biases. One name on it
+    # is loaded all the same, past the reload: experts and router share the tensor, so it stays where it is.
+    never_loaded = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS - {"bias"}) - {"e_score_correction_bias"}
     # The scales of attention have defaults, and checkpoints in this format do not bring them.
     return (
         name not in module._non_persistent_buffers_set

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.modules.swap import qat_weights, refresh_global_scales
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 from hf_nvfp4_qat.rollout.routing import routing_arguments
 from hf_nvfp4_qat.trl_callbacks.generation import NVFP4Generation, mark
@@ -183,8 +183,13 @@ class NVFP4RolloutCallback(TrainerCallback):
         ref_model = getattr(trainer, "ref_model", None)  # trainers without a KL penalty have none
         if ref_model is None:
             logger.warning("`quantize_ref_model` does nothing: there is no reference model (`beta` is 0).")
-        elif not qat_weights(ref_model):
+            return
+        if not qat_weights(ref_model):
             prepare_qat(ref_model, getattr(getattr(model, "hf_quantizer", None), "quantization_config", None))
+        if getattr(trainer.args, "sync_ref_model", False):
+            # TRL moves the reference toward the policy through `.data`, which leaves no trace, after this callback's
+            # own `on_step_end`. So its scales are computed anew before each forward: one pass that reads its weights.
+            ref_model.register_forward_pre_hook(lambda model, args: refresh_global_scales(model))
 
 
 def _watch_generation() -> None:

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import load_qat, take_step, tiny_qwen3, tiny_qwen3_moe, tokens
+from conftest import SIZES, load_qat, take_step, tiny_qwen3, tiny_qwen3_moe, tokens
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hf_nvfp4_qat import NVFP4QATConfig, coverage, fake_quantize_nvfp4, load_nvfp4, prepare_qat, verify_nvfp4
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
@@ -152,6 +152,18 @@ def test_a_good_checkpoint_verifies_alone_and_against_its_model(packed):
     report = verify_nvfp4(path)
     assert report.ok and report.num_layers == 14 and report.num_tensors == 52 and not report.notes
     assert verify_nvfp4(path, model).num_compared == 52
+
+
+def test_tensors_without_dims_verify_against_their_model(tmp_path):
+    """The parameters of Apertus' activation."""
+    config = CONFIG_MAPPING["apertus"](**SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = prepare_qat(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    model.save_pretrained(tmp_path)
+    report = verify_nvfp4(tmp_path, model)
+    assert report.ok, report.problems
+    with torch.no_grad():
+        model.model.layers[1].mlp.act_fn.alpha_p.add_(1)
+    assert verify_nvfp4(tmp_path, model).problems == ["model.layers.1.mlp.act_fn.alpha_p: differs from the model's"]
 
 
 def test_another_models_checkpoint_does_not_verify(packed, qwen3_dir):

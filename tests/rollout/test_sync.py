@@ -13,7 +13,7 @@ from hf_nvfp4_qat.rollout import sync as sync_module
 from hf_nvfp4_qat.rollout.engine import kernel_name, place_tensors
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.sync import check, engine_arguments, refuse_to_generate, sync, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors
+from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors, unprocessed_loaders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -317,11 +317,16 @@ def push(monkeypatch, engine, model, make_faulty):
         (lambda stream: stream.drop("embed_tokens.weight"), r"embed_tokens\.weight .*no tensor"),
         (lambda stream: stream.announce("q_proj.weight_packed", shape=(128, 62)), "cannot take .*q_proj.weight_packed"),
         (lambda stream: stream.announce("q_proj.weight_packed", shape=(256, 64)), "must take tensors whole"),
+        # What is not packed is not helped by `exclude`.
+        (
+            lambda stream: stream.announce("0.input_layernorm.weight", shape=(64,)),
+            "cannot take .*0.input_layernorm(?!.*exclude)",
+        ),
         (lambda stream: stream.announce("down_proj.weight_scale", dtype=torch.uint8), "expected torch.float8_e4m3fn"),
         (lambda stream: stream.announce("layers.0.mlp.up_proj.weight_scale", name="lost.weight_scale"), "lost"),
         (lambda stream: stream.announce("1.mlp.up_proj.weight_packed", name=f"{MLP}.up_proj.weight_packed"), ""),
     ],
-    ids=["sibling", "half of gate_up", "norm", "embedding", "shape", "too tall", "dtype", "name", "twice"],
+    ids=["sibling", "half", "norm", "embedding", "shape", "too tall", "norm shape", "dtype", "name", "twice"],
 )  # fmt: skip
 def test_a_push_that_does_not_fit_is_refused_before_the_first_byte(engine, model, monkeypatch, make_faulty, message):
     sync(engine, model)
@@ -337,7 +342,9 @@ def test_an_engine_of_another_model_is_refused(engine, tmp_path):
     with pytest.raises(ValueError, match=r"(?s)layers\.2.*Nothing was sent"):
         sync(engine, deeper)
     wider = prepare_qat(tiny_qwen3(**{**SIZES, "intermediate_size": 512}))
-    with pytest.raises(ValueError, match=r"(?s)mlp\.(gate|up|down)_proj.*another model.*Nothing was sent"):
+    with pytest.raises(
+        ValueError, match=r"(?s)took 16384 of 32768 elements of .*gate_proj.*config\.json.*Nothing was sent"
+    ):
         sync(engine, wider)
 
 
@@ -582,6 +589,21 @@ def test_placing_tensors_changes_nothing(engine, model):
     first = place_tensors(worker, RolloutStream(model).layout)
     assert place_tensors(worker, RolloutStream(model).layout) == first
     assert generate(engine) == before
+
+
+def test_an_engine_whose_loaders_cannot_be_watched_stays_as_it_is(engine, model, monkeypatch):
+    sync(engine, model)
+    before = generate(engine)
+
+    def broken(engine_model):
+        unprocessed_loaders(engine_model)
+        raise AttributeError("a loader without a name")
+
+    monkeypatch.setattr("hf_nvfp4_qat.rollout.engine.unprocessed_loaders", broken)
+    with pytest.raises(AttributeError, match="without a name"):
+        place_tensors(worker_of(engine), RolloutStream(model).layout)
+    assert generate(engine) == before
+    assert check(engine, model).ok
 
 
 def test_an_engine_outside_this_process_is_refused(model):

@@ -11,7 +11,7 @@ from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations
 from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.sync import check, engine_arguments, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import refresh_tied
+from hf_nvfp4_qat.rollout.vllm_versions import refresh_copies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -42,7 +42,7 @@ class ServerStandIn:
         ]
         worker = worker_of(self.engine)
         worker.reload_weights(weights_iterator=iter(received))
-        refresh_tied(worker.model_runner.get_model())  # servers have GPUs, where nothing is packed as it is loaded
+        refresh_copies(worker.model_runner.get_model())  # servers have GPUs, where nothing is packed as it is loaded
         type(self).num_pushes += 1
 
     def reset_prefix_cache(self):
