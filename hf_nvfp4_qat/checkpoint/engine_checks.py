@@ -26,7 +26,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
-from hf_nvfp4_qat.modules.swap import reason_by_name
+from hf_nvfp4_qat.modules.selection import reason_by_name
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -47,7 +47,7 @@ from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_ma
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
 from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key
-from hf_nvfp4_qat.modules.swap import reason_by_name
+from hf_nvfp4_qat.modules.selection import reason_by_name
 
 _RESCALED = ("unshared-scale", "subnormal-block-scale")
 _DECODED = ("quantized-router", "quantized-lm-head", "quantized-embedding")
