@@ -74,7 +74,7 @@ def reasons_by_rule(model: nn.Module, linears: Iterable[str], experts: Iterable[
     chosen = dict(_embedding_shaped(model, linears)) | dict(_choosing(model, linears, experts))
     chosen |= {name: reason for name in linears if (reason := _first_fit(name, _CHOOSES_OR_ANSWERS))}
     others = {name: reason for name in (*linears, *experts) if (reason := reason_by_name(name))}
-    others |= {name: UNQUANTIZED_IN_VLLM for name in linears if _is_in_mamba_1(model, name)}
+    others |= dict.fromkeys(in_mamba_1(model, linears), UNQUANTIZED_IN_VLLM)
     others |= dict.fromkeys(_outside(model, [*linears, *experts]), OUTSIDE)
     return others | chosen if {*linears, *experts} - others.keys() - chosen.keys() else chosen
 
@@ -124,17 +124,18 @@ def _paths_to(path: str) -> Iterator[str]:
     return (".".join(parts[: number + 1]) for number in range(len(parts)))
 
 
-def _is_in_mamba_1(model: nn.Module, name: str) -> bool:
-    """Whether a linear belongs to a mixer of Mamba's first version, all of which vLLM builds unquantized.
+def in_mamba_1(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """Linears of the mixers of Mamba's first version, all of which vLLM builds unquantized.
 
-    Its decay is a matrix ``[channels, states]``; Mamba 2 and gated delta nets have one number a head.
+    The decay of such a mixer is a matrix ``[channels, states]``; that of Mamba 2 and of gated delta nets has one number
+    a head.
     """
-    decay = getattr(model.get_submodule(name.rpartition(".")[0]), "A_log", None)
-    return decay is not None and decay.ndim == 2
+    decays = {name: getattr(model.get_submodule(name.rpartition(".")[0]), "A_log", None) for name in linears}
+    return [name for name, decay in decays.items() if decay is not None and decay.ndim == 2]
 
 
 def _outside(model: nn.Module, names: list[str]) -> list[str]:
-    """Those of `names` that lie in a model of Transformers, but not in its language model."""
+    """Those of `names` that lie in a model of Transformers, but not in its language model, nor share its weights."""
     known: set[int] = set()
     inside: set[int] = set()
     for pretrained in _outermost_models(model):
@@ -142,8 +143,16 @@ def _outside(model: nn.Module, names: list[str]) -> list[str]:
         for part in language_models(pretrained):
             inside |= {id(module) for module in part.modules()}
             inside -= {id(module) for other in _other_parts(part) for module in other.modules()}
-    layers = {name: id(model.get_submodule(name)) for name in names}
-    return [name for name, layer in layers.items() if layer in known and layer not in inside]
+    # DiffusionGemma's encoder has the weights of its decoder.
+    modules = [module for module in model.modules() if id(module) in inside]
+    shared = {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+    outside = known - inside
+    return [
+        name
+        for name in names
+        if id(layer := model.get_submodule(name)) in outside
+        and not any(id(parameter) in shared for parameter in layer.parameters(recurse=False))
+    ]
 
 
 def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:

@@ -1,6 +1,7 @@
 """Which layers of a model train in NVFP4: the rules, the swap, and the report of what was left out and why."""
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from hf_nvfp4_qat.modules.experts import QATExperts, adopt_experts, why_not_trai
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
+from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
 from hf_nvfp4_qat.modules.recipe import Recipe
-from hf_nvfp4_qat.modules.selection import bare_routers, reasons_by_rule
+from hf_nvfp4_qat.modules.selection import bare_routers, in_mamba_1, reasons_by_rule
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
+
+logger = logging.getLogger(__name__)
 
 _FFN_LOCAL_NAMES = {
     *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "fc3"),
@@ -183,6 +187,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
         )
     for name, linear in selected.items():
         check_adoptable(linear, name=name)
+    _warn_of_loaders(model, selected)
     global_scales = GlobalScales()
     for name, linear in selected.items():
         QATLinear.adopt(
@@ -330,6 +335,22 @@ def _refuse_indivisible(selected: dict[str, nn.Linear]) -> None:
             f"{f' (and {len(bad) - 5} more)' if len(bad) > 5 else ''}. Add {'it' if len(bad) == 1 else 'them'} "
             "to `exclude`."
         )
+
+
+def _warn_of_loaders(model: nn.Module, selected: dict[str, nn.Linear]) -> None:
+    """Say now, before days of training, what will not load the packed checkpoint."""
+    if unquantized := in_mamba_1(model, selected):
+        logger.warning(
+            "vLLM 0.31 builds Mamba mixers unquantized, so it cannot load the packed checkpoint of %s (%s and %d more "
+            "layers). Plain Transformers and `load_nvfp4` can.",
+            type(model).__name__, unquantized[0], len(unquantized) - 1,
+        )  # fmt: skip
+    if failing := why_plain_loading_fails(model, selected):
+        layer, reason = next(iter(failing.items()))
+        logger.warning(
+            "Plain Transformers cannot load the packed checkpoint of %s: of %s, %s. `load_nvfp4` can.",
+            type(model).__name__, layer, reason,
+        )  # fmt: skip
 
 
 def _refuse_split_groups(selected: set[str], linears: set[str]) -> None:
