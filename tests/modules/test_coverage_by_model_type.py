@@ -19,8 +19,8 @@ from hf_nvfp4_qat.modules.swap import coverage_of, fused_experts, swap_linears
 TABLE = Path(__file__).with_name("coverage_by_model_type.txt")
 WRITTEN_WITH = "5.17"
 HEAD = f"""\
-# What preset="full" quantizes, by model type and class of Transformers {WRITTEN_WITH}; * is any layer. Percentages are the
-# share of quantized parameters in a model that has few layers, so that embeddings count more than they do in real ones.
+# What preset="full" quantizes, by model type and class of Transformers {WRITTEN_WITH}; * is any number. The percentage
+# is the share of quantized parameters; the models have few layers, so embeddings count more than in real ones.
 # "refused": the error that the plain recipe gives; the layers below it are quantized if the experts are excluded.
 """
 
