@@ -48,9 +48,7 @@ def _is_initialized_from_above(model: PreTrainedModel, module: nn.Module, packed
     """Whether `_init_weights` fails on a module whose packed children have no `weight`."""
     stand_in = _on_meta(module)
     for name, child in module.named_children():
-        stand_in._modules[name] = _on_meta(child)
-        if name in packed:
-            del stand_in._modules[name]._parameters["weight"]
+        stand_in._modules[name] = _on_meta(child, without={"weight"} if name in packed else set())
     try:
         # Random numbers that it draws must not be missing elsewhere.
         with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
@@ -62,13 +60,14 @@ def _is_initialized_from_above(model: PreTrainedModel, module: nn.Module, packed
     return False
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
-    """A module of the same class and settings whose own tensors hold no values."""
+def _on_meta(module: nn.Module, without: set[str] | frozenset[str] = frozenset()) -> nn.Module:
+    """A module of the same class and settings whose own tensors, but for some, are there and hold no values."""
     stand_in = copy.copy(module)
     vars(stand_in)["_modules"] = dict(module._modules)
     for kind in ("_parameters", "_buffers"):
         vars(stand_in)[kind] = {
             name: None if tensor is None else torch.empty_like(tensor, device="meta")
             for name, tensor in vars(module)[kind].items()
+            if name not in without
         }
     return stand_in

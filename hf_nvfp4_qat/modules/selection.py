@@ -92,10 +92,11 @@ def bare_routers(model: nn.Module) -> dict[str, str]:
 
 def _embedding_shaped(model: nn.Module, linears: list[str]) -> Iterator[tuple[str, str]]:
     """Linears outside of every stack of layers that have the shape of an embedding: one output a token."""
-    shapes = {tuple(module.weight.shape) for module in model.modules() if isinstance(module, nn.Embedding)}
+    shapes = {module.weight.shape for module in model.modules() if isinstance(module, nn.Embedding)}
     for name in linears:
-        in_a_stack = any(part.isdigit() for part in name.split("."))
-        if not in_a_stack and tuple(model.get_submodule(name).weight.shape) in shapes:
+        linear = model.get_submodule(name)
+        is_in_a_stack = any(part.isdigit() for part in name.split("."))
+        if isinstance(linear, nn.Linear) and linear.weight.shape in shapes and not is_in_a_stack:
             yield name, OUTPUT_EMBEDDING
 
 

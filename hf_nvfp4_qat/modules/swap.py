@@ -139,8 +139,8 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
 
     Args:
         model: any module; its parameters may be on the meta device.
-        recipe: what to quantize. Of linears "full" takes all but output embedding, routers, heads and non-language
-            towers; `exclude` holds patterns of ``matches``.
+        recipe: what to quantize. Of linears "full" takes all that ``reasons_by_rule`` has nothing against; `exclude`
+            holds patterns of ``matches``.
         output_embedding: the model's output embedding, excluded whatever its name is.
 
     Returns:

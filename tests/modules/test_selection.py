@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_llama, tiny_qwen3
 from model_types import on_meta
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from hf_nvfp4_qat import NVFP4QATConfig, coverage, prepare_qat
 from hf_nvfp4_qat.modules.recipe import Recipe
@@ -111,10 +111,8 @@ def test_a_tower_by_itself_is_taken_as_a_whole():
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     vision = CLIPVisionConfig(**sizes, patch_size=14)
     assert len(coverage(prepare_qat(CLIPVisionModel(vision))).quantized) == 6
-    text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-    llava = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config={**text, "num_attention_heads": 2})
-    )
+    text = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
     assert all(".language_model." in name for name in coverage(prepare_qat(llava)).quantized)
 
 
