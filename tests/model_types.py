@@ -45,7 +45,14 @@ CHANGES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE}},
     "cohere_compass_text": {"rope_parameters": _ROPE},
-    "deepseek_ocr2": {"text_config": {"num_hidden_layers": 2, "mlp_layer_types": ["dense", "sparse"]}},
+    "deepseek_ocr2": {
+        "text_config": {
+            "num_hidden_layers": 2,
+            "mlp_layer_types": ["dense", "sparse"],
+            "moe_intermediate_size": 1408,
+        }
+    },
+    "deepseek_v2": {"moe_intermediate_size": 1408},
     "diffusion_gemma": {
         "text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64, "num_hidden_layers": 6},
         "vision_config": {"model_type": "gemma4_vision", "num_hidden_layers": 2},
@@ -75,6 +82,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "musicgen_melody": {**_MUSIC, "decoder": {"model_type": "musicgen_melody_decoder", **_MUSIC["decoder"]}},
     "nemotron": {"num_key_value_heads": 8, "head_dim": 64},
     "qwen3_omni_moe_thinker": {"text_config": {"head_dim": 128}},
+    "nemotron_h": {"moe_intermediate_size": 7680, "moe_shared_expert_intermediate_size": 7680},
     "qwen3_omni_moe": {
         "thinker_config": {"text_config": {"head_dim": 128}},
         "talker_config": {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 64}},

@@ -9,6 +9,7 @@ import difflib
 import re
 from pathlib import Path
 
+import pytest
 import transformers
 from model_types import NOT_BUILT, language_model_types, on_meta
 from transformers.utils import logging
@@ -26,7 +27,7 @@ HEAD = f"""\
 
 # Of what is never packed, as far as names tell; the rules do not use this one.
 OF_NO_LANGUAGE_MODEL = re.compile(
-    r"vision|visual|image|img_|video|audio|speech|patch|resampler|qformer|projector|merger|connector|codec|vocoder|talker"
+    r"vision|visual|image|img_|video|audio|speech(?!t5)|resampler|qformer|projector|merger|connector|codec|vocoder|talker"
     r"|token2wav|tokenizer_encoder|diffusion|router|indexer|lm_head|logits|(^|\.)(gate|score|classifier|cls)(\.|$)"
 )
 
@@ -73,6 +74,7 @@ def everything() -> tuple[list[str], list[str]]:
     return lines, odd
 
 
+@pytest.mark.slow
 def test_what_is_quantized_is_what_was_read_and_nothing_else_than_a_language_model():
     lines, odd = everything()
     assert not odd
