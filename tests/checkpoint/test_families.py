@@ -87,6 +87,9 @@ def test_the_doctor_finds_packed_layers_that_vllm_builds_unquantized(sources, tm
     pack(tmp_path, "model.layers.0.mamba.in_proj")
     assert ("unquantized-in-vllm", "model.layers.0.mamba.in_proj") in rules(tmp_path, engine="vllm")
     assert not examine(tmp_path).ok and repair(tmp_path) == []
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["NobodysModel"]}))
+    assert ("unquantized-in-vllm", "model.layers.0.mamba.in_proj") in rules(tmp_path)
 
 
 def test_the_doctor_finds_token_selectors_packed_and_mends_them(sources, tmp_path):
