@@ -102,8 +102,7 @@ def _embedding_shaped(model: nn.Module, linears: list[str]) -> Iterator[tuple[st
 
 def _choosing(model: nn.Module, linears: list[str], experts: list[str]) -> Iterator[tuple[str, str]]:
     """Linears of routers and token selectors: by the class they are in, or by having an output for each expert."""
-    num_experts: dict[str, int] = {}
-    """Path of what owns experts to their number."""
+    num_experts: dict[str, int] = {}  # by the path of what owns them
     for name in experts:
         sizes = {p.shape[0] for p in model.get_submodule(name).parameters(recurse=False) if p.ndim == 3}
         num_experts[name.rpartition(".")[0]] = max(sizes)

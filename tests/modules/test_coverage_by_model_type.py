@@ -32,9 +32,16 @@ OF_NO_LANGUAGE_MODEL = re.compile(
 )
 
 
+IS_THAT_VERSION = transformers.__version__.startswith(f"{WRITTEN_WITH}.")
+
+
 def covered(model_type: str, class_name: str) -> tuple[str, list[str]]:
     """A line about the model, and the paths of its quantized layers, each once for all layers of a stack."""
-    model = on_meta(model_type, class_name)
+    try:
+        model = on_meta(model_type, class_name)
+    except Exception as error:  # whatever a default config of a newer version lacks
+        assert not IS_THAT_VERSION, f"{model_type} is not built ({error}): see CHANGES and NOT_BUILT"
+        return f"{model_type} {class_name}: not built", []
     refused = ""
     for exclude in ((), tuple(fused_experts(model))):
         try:
@@ -78,7 +85,7 @@ def everything() -> tuple[list[str], list[str]]:
 def test_what_is_quantized_is_what_was_read_and_nothing_else_than_a_language_model():
     lines, odd = everything()
     assert not odd
-    if transformers.__version__.startswith(f"{WRITTEN_WITH}."):
+    if IS_THAT_VERSION:
         diff = difflib.unified_diff(TABLE.read_text().splitlines(), lines, "as read", "now", lineterm="", n=2)
         assert not (changed := "\n".join(diff)), changed
 
