@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from hf_nvfp4_qat import NVFP4QATConfig, quantize_nvfp4
-from hf_nvfp4_qat.checkpoint.convert import quantize_checkpoint
+from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, quantize_checkpoint
 from hf_nvfp4_qat.checkpoint.doctor import examine
 from hf_nvfp4_qat.checkpoint.names import ignored_in_vllm, to_checkpoint
 from hf_nvfp4_qat.checkpoint.repair import repair
@@ -71,6 +71,16 @@ def test_ignore_has_the_names_under_which_vllm_builds_mamba_mixers(made_by, sour
     found = [finding for finding in examine(tmp_path, engine="vllm").findings if finding.rule == "vllm-name"]
     assert "'re:.*mixer[.]out_proj$'" in found[0].message
     assert examine(tmp_path, engine="transformers").ok
+
+
+def test_the_other_dialect_has_them_too_and_gives_them_back(sources, tmp_path):
+    quantize_checkpoint(sources / "falcon_h1", tmp_path / "here")
+    convert_checkpoint(tmp_path / "here", tmp_path / "there", "modelopt")
+    excluded = json.loads((tmp_path / "there" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "mixer.out_proj" in excluded and examine(tmp_path / "there").ok
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", "compressed-tensors")
+    ignore = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("here", "back")]
+    assert len({str(sorted(config["quantization_config"]["ignore"])) for config in ignore}) == 1
 
 
 def test_an_entry_for_vllm_names_no_packed_layer():
