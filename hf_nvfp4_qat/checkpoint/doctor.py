@@ -35,6 +35,8 @@ from hf_nvfp4_qat.checkpoint.engine_checks import (
     check_ignore_by_name,
     check_inputs,
     check_kept_out,
+    check_names_in_vllm,
+    check_plain_loading,
     check_tensor_parallel,
     check_unpacked_values,
 )
@@ -178,6 +180,8 @@ def examine(path: str | os.PathLike, *, engine: str | None = None, tensor_parall
     shapes = examination.shapes()
     if examination.layers and examination.config is not None:
         findings += check_engines(examination.reader, shapes, examination.config, engine)
+        if examination.model is not None:
+            findings += check_plain_loading(examination.reader, examination.layers, examination.model, engine)
     if tensor_parallel_size > 1:
         findings += check_tensor_parallel(shapes, examination.contents.config, tensor_parallel_size)
     dialect = "modelopt" if isinstance(examination.reader, ModelOptReader) else "compressed-tensors"
@@ -371,6 +375,7 @@ def _examine_by_config(examination: Examination, config: dict[str, Any]) -> None
     examination.findings += check_excludes(reader, layers)
     try:
         examination.findings += check_kept_out(reader, examination.readable, config, examination.model)
+        examination.findings += check_names_in_vllm(reader, layers, config)
         examination.findings += check_inputs(reader, examination.readable, config)
     except ValueError as bad_pattern:
         examination.findings.append(found("bad-config", CONFIG_FILE, str(bad_pattern)))

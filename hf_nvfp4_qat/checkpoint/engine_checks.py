@@ -21,12 +21,25 @@ from hf_nvfp4_qat.checkpoint.names import (
     OF_AN_EXPERT,
     activations_of,
     from_checkpoint,
+    ignored_in_vllm,
+    layer_of,
     packed_tensors,
 )
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
+from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
-from hf_nvfp4_qat.modules.swap import reason_by_name
+from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
+from hf_nvfp4_qat.modules.selection import (
+    OUTPUT_EMBEDDING,
+    PART_OF_A_NORM,
+    ROUTER,
+    TOKEN_SELECTOR,
+    UNQUANTIZED_IN_VLLM,
+    reason_by_name,
+    reasons_by_rule,
+)
+from hf_nvfp4_qat.modules.swap import fused_experts
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -43,7 +56,7 @@ Shapes = dict[str, tuple[int, int]]
 def check_kept_out(
     reader: CheckpointReader, readable: list[str], config: dict[str, Any], model: PreTrainedModel | None
 ) -> Iterator[Finding]:
-    """Routers and embeddings are not packed.
+    """Routers, token selectors, embeddings, and what vLLM builds unquantized are not packed.
 
     Args:
         reader: of the checkpoint.
@@ -52,15 +65,22 @@ def check_kept_out(
         model: on the meta device; None if the architecture is not known.
     """
     is_tied = setting(config, "tie_word_embeddings") is True
+    by_structure = {} if model is None else _reasons_by_structure(reader, model)
     for layer in readable:
-        reason = reason_by_name(layer)
+        reason = by_structure.get(layer) or reason_by_name(layer)
         rule, severity, message = "", None, ""
         if layer.rpartition(".")[2] in EMBEDDINGS:
             rule, message = "quantized-embedding", "packed: no engine reads NVFP4 rows out of an embedding"
-        elif reason == "router":
+        elif reason == ROUTER:
             rule = "quantized-router"
             message = "a router, packed: Transformers has no linear there to decode it, and chooses experts at random"
-        elif reason == "output embedding":
+        elif reason == TOKEN_SELECTOR:
+            rule = "quantized-router"
+            message = "selects tokens, and is packed: vLLM builds parts of it unquantized, and does not load it"
+        elif reason in (PART_OF_A_NORM, UNQUANTIZED_IN_VLLM) or _is_in_mamba_1(reader, layer):
+            message = "packed: vLLM 0.31 builds this layer unquantized, and does not load it"
+            yield found("unquantized-in-vllm", layer, message)
+        elif reason == OUTPUT_EMBEDDING:
             tied_names = model.all_tied_weights_keys if model is not None else ()
             if is_tied or f"{layer}.weight" in tied_names:
                 rule = "tied-lm-head"
@@ -77,6 +97,54 @@ def check_kept_out(
             has_both = f"{layer}.weight" in reader.file_of
             is_fixable = is_exact and severity is None and rule != "tied-lm-head" and not has_both
             yield found(rule, layer, message, severity=severity, fixable=is_fixable)
+
+
+def _reasons_by_structure(reader: CheckpointReader, model: PreTrainedModel) -> dict[str, str]:
+    """Layer to the reason why it stays in high precision, as when the model is trained."""
+    linears = {path: layer_of(name) for name, path in linear_weights(model, reader.names).items()}
+    reasons = reasons_by_rule(model, linears, fused_experts(model))
+    return {linears[path]: reason for path, reason in reasons.items() if path in linears}
+
+
+def _is_in_mamba_1(reader: CheckpointReader, layer: str) -> bool:
+    decay = f"{layer.rpartition('.')[0]}.A_log"
+    return decay in reader.file_of and len(reader.layout(decay)[1]) == 2
+
+
+def check_names_in_vllm(reader: CheckpointReader, layers: list[str], config: dict[str, Any]) -> Iterator[Finding]:
+    """`ignore` names what is not packed as vLLM does, too, where its name is one that no checkpoint has.
+
+    Raises:
+        ValueError: `ignore` has something that is no pattern.
+    """
+    entries = (config.get("quantization_config") or {}).get("ignore") or []
+    packed = set(layers)
+    unpacked = [layer_of(name) for name in reader.names if name.endswith(".weight") and layer_of(name) not in packed]
+    matrices = [layer for layer in unpacked if len(reader.layout(f"{layer}.weight")[1]) == 2]
+    for layer, entry in ignored_in_vllm(matrices, layers).items():
+        name = "model.layers.0.mixer." + layer.rpartition(".")[2]
+        if not _is_in_mamba_1(reader, layer) and not names_matching([name], entries):
+            yield found(
+                "vllm-name", layer, f"not packed, and vLLM builds it under a name that takes {entry!r} in `ignore`"
+            )
+
+
+def check_plain_loading(
+    reader: CheckpointReader, layers: list[str], model: PreTrainedModel, engine: str | None
+) -> Iterator[Finding]:
+    """No class of Transformers reads, while it loads, weights that are packed.
+
+    Args:
+        reader: of the checkpoint.
+        layers: all that are packed.
+        model: on the meta device.
+        engine: "transformers" makes an error of it.
+    """
+    packed = set(layers)
+    paths = [path for name, path in linear_weights(model, reader.names).items() if layer_of(name) in packed]
+    for path, reason in why_plain_loading_fails(model, paths).items():
+        severity = "error" if engine == "transformers" else None
+        yield found("plain-loading", path, f"plain Transformers fails on it: {reason}", severity=severity)
 
 
 def _is_target(layer: str, config: dict[str, Any]) -> bool:

@@ -98,6 +98,7 @@ RULES = {
     # Layers that do not bear four bits
     "quantized-router": Rule("error", _KEEP_OUT),
     "quantized-lm-head": Rule("error", _KEEP_OUT, ("vllm",)),
+    "unquantized-in-vllm": Rule("error", _KEEP_OUT, ("vllm",)),
     "tied-lm-head": Rule(
         "error", "Decide which is meant: set `tie_word_embeddings` to false, or remove the tensors of the head."
     ),
@@ -109,6 +110,10 @@ RULES = {
     "wrong-shape": Rule("error", "Check that config.json belongs to these weights."),
     "not-compared": Rule("note", "Every other check was made."),
     # Engines
+    "vllm-name": Rule("error", "Add the entry to `ignore`.", ("vllm",)),
+    "plain-loading": Rule(
+        "note", "Load it with `load_nvfp4`, or keep the layer out with `--exclude`.", ("transformers",)
+    ),
     "expert-scales": Rule(
         "note",
         "Call `hf_nvfp4_qat.compat.fix_expert_loading()` before `from_pretrained`, or use `load_nvfp4`.",

@@ -16,6 +16,7 @@ its reciprocal in the metadata of the safetensors file, and comes back exact.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -123,7 +124,7 @@ def _modelopt_quantization(config: Mapping[str, Any], *, unpacked: list[str]) ->
         "quant_method": QUANT_METHOD,
         "quant_algo": "NVFP4" if inputs else "W4A16_NVFP4",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**numbers, **observer}, **inputs}},
-        "ignore": _spelled_out(ignore, names_matching(unpacked, ignore)),
+        "ignore": _spelled_out(ignore, names_matching(unpacked, ignore) | _mixers(ignore)),
         "producer": {"name": "hf_nvfp4_qat", "version": __version__},
         **({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if cache else {}),
     }
@@ -211,7 +212,7 @@ class ModelOptReader(CheckpointReader):
             layer for layer in unpacked_layers(self) if any(_is_excluded(layer, entry) for entry in stored["ignore"])
         }
         config["quantization_config"] = quantization_config(
-            _spelled_out(stored["ignore"], excluded),
+            [_MIXER.sub(r"re:.*mixer[.]\1$", entry) for entry in _spelled_out(stored["ignore"], excluded)],
             scale_rule=scale_rule_of(stored),
             quantizes_input=_ALGORITHMS[algorithm] and not weights_only,
         )
@@ -355,6 +356,15 @@ def _stored_config(config: Mapping[str, Any], reader: CheckpointReader) -> dict[
 def _is_excluded(layer: str, entry: str) -> bool:
     """Whether ModelOpt's `entry` leaves `layer` unquantized, as vLLM and SGLang read it: a wildcard, or a part."""
     return fnmatch(layer, entry) or entry in layer
+
+
+_MIXER = re.compile(r"^mixer\.(\w+)$")
+"""An entry of ``ignored_in_vllm`` here, where a part of a name is enough."""
+
+
+def _mixers(entries: list[str]) -> set[str]:
+    found = [re.fullmatch(r"re:\.\*mixer\[\.\](\w+)\$", entry) for entry in entries]
+    return {f"mixer.{match[1]}" for match in found if match}
 
 
 def _spelled_out(entries: list[str], named: set[str]) -> list[str]:

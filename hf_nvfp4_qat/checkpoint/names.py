@@ -146,6 +146,26 @@ def quantization_config(
     }
 
 
+def ignored_in_vllm(unpacked: Iterable[str], packed: Iterable[str]) -> dict[str, str]:
+    """Entries of `ignore` for layers that vLLM builds under names which no checkpoint has.
+
+    It compares `ignore` with the names it builds layers under, and calls the Mamba mixers of hybrid models
+    ``model.layers.{number}.mixer`` where checkpoints say ``mamba``; of Falcon-H1 it counts them in another way too.
+
+    Args:
+        unpacked, packed: names of linear layers.
+
+    Returns:
+        A layer of each entry, to the entry.
+    """
+
+    def local_names(layers: Iterable[str]) -> dict[str, str]:
+        return {match[1]: layer for layer in layers if (match := re.search(r"\.mamba\.(\w+)$", layer))}
+
+    taken = local_names(packed)
+    return {layer: rf"re:.*mixer[.]{name}$" for name, layer in local_names(unpacked).items() if name not in taken}
+
+
 def activations_of(config: dict[str, Any]) -> str:
     """What a packed checkpoint says of its inputs, as `NVFP4QATConfig.activations` does: "nvfp4" or "bf16"."""
     groups = (config.get("config_groups") or {}).values()

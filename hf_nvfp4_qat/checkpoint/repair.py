@@ -36,6 +36,7 @@ from hf_nvfp4_qat.checkpoint.findings import Finding, printable
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, legacy_settings, shift_exact_scales
 from hf_nvfp4_qat.checkpoint.names import (
     BLOCK_SCALE,
+    EMBEDDINGS,
     GLOBAL_ENCODE_SCALE,
     PACKED,
     SERVED_DTYPE,
@@ -47,7 +48,6 @@ from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_ma
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
 from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key
-from hf_nvfp4_qat.modules.swap import reason_by_name
 
 _RESCALED = ("unshared-scale", "subnormal-block-scale")
 _DECODED = ("quantized-router", "quantized-lm-head", "quantized-embedding")
@@ -199,7 +199,7 @@ def _configs(examination: Examination, plan: _Plan) -> tuple[dict[str, dict[str,
                 part.update({key: "bfloat16" for key in ("dtype", "torch_dtype") if part.get(key) == "float32"})
         done.append("dtype set to bfloat16")
     legacy = _legacy_config(contents.directory) if isinstance(examination.reader, ModelOptReader) else None
-    if "ignore-mismatch" in plan.rules or any(reason_by_name(layer) for layer in plan.decoded):
+    if "ignore-mismatch" in plan.rules or _linear_again(plan):
         ignore = _ignore(examination, plan)
         _put_ignore(config, legacy, ignore)
         done.append(f"`ignore` written anew, {len(ignore)} entries")
@@ -238,6 +238,11 @@ def _index(examination: Examination, plan: _Plan) -> dict[str, Any]:
     return {"metadata": {}, **known, "weight_map": weight_map}
 
 
+def _linear_again(plan: _Plan) -> list[str]:
+    """The decoded layers that loaders run as linears."""
+    return [layer for layer in plan.decoded if layer.rpartition(".")[2] not in EMBEDDINGS]
+
+
 def _ignore(examination: Examination, plan: _Plan) -> list[str]:
     """The entries that name no packed layer, and the names of all that are not packed, in both namings."""
     reader = examination.reader
@@ -250,7 +255,7 @@ def _ignore(examination: Examination, plan: _Plan) -> list[str]:
     if isinstance(reader, ModelOptReader):
         wrong = reader.wrongly_excluding(packed)
         kept = [entry for entry in kept if entry not in wrong]
-    needed = {layer for layer in plan.decoded if reason_by_name(layer)}
+    needed = set(_linear_again(plan))
     for name, path in linears.items():
         if layer_of(name) in needed or (layer_of(name) not in packed and name in names):
             needed |= {layer_of(name), path}

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, layer_of, to_checkpoint
+from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, ignored_in_vllm, layer_of, to_checkpoint
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
 from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.modules.calibration import check_calibrated
@@ -370,7 +370,9 @@ def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:
         and source.name.endswith(".weight")
         and source.module_name not in embeddings
     ]
-    return sorted({*matrices, *getattr(model, "nvfp4_excluded", {})})
+    excluded = getattr(model, "nvfp4_excluded", {})
+    packed = [layer_of(source.module_name or source.name) for source in sources if source.is_quantized]
+    return sorted({*matrices, *excluded, *ignored_in_vllm(excluded, packed).values()})
 
 
 def served_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Which layers of a model train in NVFP4: the rules, the swap, and the report of what was left out and why."""
 
 import inspect
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,42 +15,13 @@ from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_group
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight, scales_of
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
 from hf_nvfp4_qat.modules.past_forward import watch_first_forward
+from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
 from hf_nvfp4_qat.modules.recipe import Recipe
+from hf_nvfp4_qat.modules.selection import bare_routers, in_mamba_1, reasons_by_rule
 from hf_nvfp4_qat.modules.weight_clock import WeightClock
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
 
-# Local names of the layers that stay in high precision by default, with the reason the report gives.
-_EXCLUDED_LOCAL_NAMES = {
-    "lm_head": "output embedding",
-    "embed_out": "output embedding",
-    "gate": "router",
-    "router": "router",
-    "router_proj": "router",
-    "shared_expert_gate": "router",
-    "score": "classification or value head",
-    "classifier": "classification or value head",
-    "qa_outputs": "classification or value head",
-    "v_head": "classification or value head",
-    "value_head": "classification or value head",
-}
-
-# Components of a path that mark a part of the model other than its language model.
-_EXCLUDED_TOWERS = {
-    "visual": "vision tower",
-    "vision_tower": "vision tower",
-    "vision_model": "vision tower",
-    "vision_embed_tokens": "vision tower",
-    "audio_tower": "audio tower",
-    "audio_model": "audio tower",
-    "multi_modal_projector": "modality projector",
-    "mm_projector": "modality projector",
-    "modality_projection": "modality projector",
-    "language_projection": "modality projector",
-    "connector": "modality projector",
-    "aligner": "modality projector",
-    "embed_vision": "modality projector",
-    "embed_audio": "modality projector",
-}
+logger = logging.getLogger(__name__)
 
 _FFN_LOCAL_NAMES = {
     *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "fc3"),
@@ -169,8 +141,8 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
 
     Args:
         model: any module; its parameters may be on the meta device.
-        recipe: what to quantize. Of linears "full" takes all but output embedding, routers, heads and non-language
-            towers; `exclude` holds patterns of ``matches``.
+        recipe: what to quantize. Of linears "full" takes all that ``reasons_by_rule`` has nothing against; `exclude`
+            holds patterns of ``matches``.
         output_embedding: the model's output embedding, excluded whatever its name is.
 
     Returns:
@@ -184,7 +156,9 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     experts = fused_experts(model)
     _refuse_idle_patterns(model, recipe.exclude)
+    by_rule = reasons_by_rule(model, linears, experts)
     reasons = _outer_layers(model, [*linears, *experts], recipe)
+    reasons |= {name: by_rule[name] for name in experts if name in by_rule}
     reasons |= {name: f"exclude: {pattern}" for name in experts if (pattern := _pattern_for(name, recipe.exclude))}
     _refuse_experts(model, [name for name in experts if name not in reasons])
     # A linear that shares an embedding's weight is the output embedding, whatever it is called.
@@ -193,7 +167,8 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
     embedding_weights = {id(parameter) for module in embeddings for parameter in module.parameters()}
     for name, module in linears.items():
         parent = model.get_submodule(name.rpartition(".")[0])
-        reason = _reason_to_exclude(name, module, parent, recipe, id(module.weight) in embedding_weights)
+        is_output_embedding = id(module.weight) in embedding_weights
+        reason = _reason_to_exclude(name, module, parent, recipe, is_output_embedding, by_rule.get(name))
         if reason is not None:
             reasons[name] = reason
     selected = {name: module for name, module in linears.items() if name not in reasons}
@@ -214,6 +189,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
         )
     for name, linear in selected.items():
         check_adoptable(linear, name=name)
+    _warn_of_loaders(model, selected)
     global_scales = GlobalScales(WeightClock(model))
     for name, linear in selected.items():
         QATLinear.adopt(
@@ -228,7 +204,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
         adopt_experts(model.get_submodule(name), name=name, global_scales=global_scales, scale_rule=recipe.scale_rule)
     watch_first_forward(model)
     # Plain data, so that deepcopy and pickle carry it along.
-    excluded: Any = {**_bare_routers(model), **reasons}
+    excluded: Any = {**bare_routers(model), **reasons}
     model.nvfp4_excluded = excluded
     return coverage_of(model)
 
@@ -289,7 +265,7 @@ def _reads_weight(parent: nn.Module, local_name: str) -> bool:
 
 
 def _reason_to_exclude(
-    name: str, module: nn.Module, parent: nn.Module, recipe: Recipe, is_output_embedding: bool
+    name: str, module: nn.Module, parent: nn.Module, recipe: Recipe, is_output_embedding: bool, by_rule: str | None
 ) -> str | None:
     if pattern := _pattern_for(name, recipe.exclude):
         return f"exclude: {pattern}"
@@ -299,45 +275,13 @@ def _reason_to_exclude(
         return "output embedding"
     if _reads_weight(parent, name.rpartition(".")[2]):
         return f"its weight is read by {type(parent).__name__}, past its forward"
-    return _reason_by_rule(name, recipe.preset)
+    if by_rule is None and recipe.preset == "ffn_only" and name.rpartition(".")[2] not in _FFN_LOCAL_NAMES:
+        return "preset ffn_only"
+    return by_rule
 
 
 def _pattern_for(name: str, exclude: tuple[str, ...]) -> str | None:
     return next((pattern for pattern in exclude if matches(name, pattern)), None)
-
-
-def reason_by_name(name: str) -> str | None:
-    """Why a layer of this name stays in high precision whatever its model is: "router", "output embedding", ...
-
-    Args:
-        name: dotted path, of a module or of its checkpoint name.
-    """
-    parent, _, local_name = name.rpartition(".")
-    if parent.rpartition(".")[2] in ("gate", "router"):
-        return "router"  # a module whose linear has a name of its own: Hunyuan's `mlp.gate.wg`
-    return _EXCLUDED_LOCAL_NAMES.get(local_name)
-
-
-def _reason_by_rule(name: str, preset: str) -> str | None:
-    *parents, local_name = name.split(".")
-    if reason := reason_by_name(name):
-        return reason
-    if tower := next((part for part in (*parents, local_name) if part in _EXCLUDED_TOWERS), None):
-        return _EXCLUDED_TOWERS[tower]
-    if preset == "ffn_only" and local_name not in _FFN_LOCAL_NAMES:
-        return "preset ffn_only"
-    return None
-
-
-def _bare_routers(model: nn.Module) -> dict[str, str]:
-    """Routers that are no nn.Linear here are linears in vLLM, so they count as excluded all the same."""
-    return {
-        name: "router"
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Linear)
-        and reason_by_name(name) == "router"
-        and any(p.ndim == 2 for p in module.parameters(recurse=False))
-    }
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -405,6 +349,22 @@ def _refuse_indivisible(selected: dict[str, nn.Linear]) -> None:
             f"{f' (and {len(bad) - 5} more)' if len(bad) > 5 else ''}. Add {'it' if len(bad) == 1 else 'them'} "
             "to `exclude`."
         )
+
+
+def _warn_of_loaders(model: nn.Module, selected: dict[str, nn.Linear]) -> None:
+    """Say now, before days of training, what will not load the packed checkpoint."""
+    if unquantized := in_mamba_1(model, selected):
+        logger.warning(
+            "vLLM 0.31 builds Mamba mixers unquantized, so it cannot load the packed checkpoint of %s (%s and %d more "
+            "layers). Plain Transformers and `load_nvfp4` can.",
+            type(model).__name__, unquantized[0], len(unquantized) - 1,
+        )  # fmt: skip
+    if failing := why_plain_loading_fails(model, selected):
+        layer, reason = next(iter(failing.items()))
+        logger.warning(
+            "Plain Transformers cannot load the packed checkpoint of %s: of %s, %s. `load_nvfp4` can.",
+            type(model).__name__, layer, reason,
+        )  # fmt: skip
 
 
 def _refuse_split_groups(selected: set[str], linears: set[str]) -> None:

@@ -20,8 +20,9 @@ class NVFP4QATConfig(Recipe, QuantizationConfigMixin):
     """Train a model with NVFP4 weights: ``from_pretrained(..., quantization_config=NVFP4QATConfig())``.
 
     Attributes:
-        preset: which linears are quantized. "full": all but the output embedding, routers, heads and the towers of
-            other modalities. "ffn_only": of these, the feed-forward layers.
+        preset: which linears are quantized. "full": all of the language model but the output embedding, routers and
+            token selectors; towers of other modalities and heads are no part of it. "ffn_only": of these, the
+            feed-forward layers.
         exclude: modules to leave in high precision besides: an exact path, the last components of a path, or ``re:``
             and a regular expression matched from the start of the path. A pattern that names no module is an error.
         scale_rule: how block scales are chosen. "amax": a block's largest magnitude becomes 6. "four_over_six": 6 or 4,
