@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import CACHE_SCALES, layers_with_nvfp4_inputs, setting
+from hf_nvfp4_qat.checkpoint.checks import layers_with_nvfp4_inputs, setting
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
@@ -25,6 +25,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
+from hf_nvfp4_qat.checkpoint.skeleton import CACHE_SCALES
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
 from hf_nvfp4_qat.modules.swap import reason_by_name
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE

@@ -101,6 +101,10 @@ RULES = {
     "tied-lm-head": Rule(
         "error", "Decide which is meant: set `tie_word_embeddings` to false, or remove the tensors of the head."
     ),
+    "another-head": Rule(
+        "warning",
+        "Set `tie_word_embeddings` to false, under `text_config` too, or remove the tensor of the head.",
+    ),
     "quantized-embedding": Rule("error", "Decode it to bfloat16."),
     # Against the architecture
     "missing-tensor": Rule("error", _AGAIN),

@@ -23,6 +23,7 @@ from hf_nvfp4_qat.checkpoint.stream import check_expert_names
 from hf_nvfp4_qat.modules.linear import QATLinear
 from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, qat_weights, refresh_global_scales, swap_linears
 from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
+from hf_nvfp4_qat.quantizer.source import check_source
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ class NVFP4QATHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        check_source(model, checkpoint_files or ())
         swap_linears(model, self.quantization_config, output_embedding=model.get_output_embeddings())
         check_expert_names(model)
         if self.quantization_config.activations == "nvfp4":
