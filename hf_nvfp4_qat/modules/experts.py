@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32, own_experts, own_part, weight_version
+from hf_nvfp4_qat.modules.state_dict import check_master_weight
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_through
 
@@ -124,8 +125,10 @@ class QATExperts(nn.Module):
             keep_float32(weight, scales[name])
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.nvfp4_weights:
+            check_master_weight(state_dict, prefix, name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # A compiled forward does not check for staleness, so do not leave it to the next forward.
         for weight in self.nvfp4_weights.values():
             weight.global_scales.refresh_if_stale(weight)

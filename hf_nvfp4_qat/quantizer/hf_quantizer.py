@@ -21,6 +21,7 @@ from hf_nvfp4_qat.checkpoint.publish import PushToHub, publish_saved
 from hf_nvfp4_qat.checkpoint.save import SavePretrained
 from hf_nvfp4_qat.checkpoint.stream import check_expert_names
 from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.modules.master_precision import watch_master_precision
 from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, qat_weights, refresh_global_scales, swap_linears
 from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
 from hf_nvfp4_qat.quantizer.source import check_source
@@ -118,6 +119,7 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
     if not isinstance(model, PreTrainedModel):
         swap_linears(model, config)
         refresh_global_scales(model)
+        watch_master_precision(model)
         _refuse_adapters_from_now_on()
         return model
     quantizer = NVFP4QATHfQuantizer(config, pre_quantized=False)
@@ -129,6 +131,7 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
 def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
     """After the weights are in place: scales, saving, and a line about what is covered."""
     refresh_global_scales(model)
+    watch_master_precision(model)
     # On the instance, not on the class: other models of the class keep upstream's method.
     model.save_pretrained = SavePretrained(model, save_format=config.save_format, publish=publish_saved)
     model.push_to_hub = PushToHub(model)
