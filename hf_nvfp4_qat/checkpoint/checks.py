@@ -254,6 +254,8 @@ def _check_group(group: dict[str, ScaleFacts]) -> Iterator[Finding]:
         if facts.num_lost_rows:
             message = f"{facts.num_lost_rows} rows have only zeros for codes, under block scales that zeros do not have"
             yield found("lost-codes", layer, message)
+        if facts.num_zero_rows and facts.largest is not None:
+            yield found("zero-rows", layer, f"{facts.num_zero_rows} rows decode to nothing but zeros")
         if facts.num_subnormal:
             message = f"{facts.num_subnormal} block scales are subnormal; Marlin reads them as zero"
             yield found("subnormal-block-scale", layer, message, fixable=is_fixable)

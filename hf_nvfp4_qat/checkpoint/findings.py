@@ -51,6 +51,7 @@ RULES = {
     "nothing-packed": Rule("error", "Remove `quantization_config`, or pack the weights: `nvfp4-qat quantize`."),
     "other-format": Rule("error", "This package reads and checks NVFP4 only."),
     "bad-config": Rule("error", "Take config.json from the checkpoint's source again."),
+    "overlapping-targets": Rule("error", "Let the `targets` of each group name its own layers alone."),
     "bad-group": Rule(
         "error",
         "Describe under `config_groups` what is packed: its `targets`, and weights of 4-bit floats in groups of 16.",
@@ -85,6 +86,7 @@ RULES = {
     "implausible-scale": Rule("warning", _BY_HAND),
     "zero-block-scale": Rule("warning", _BY_HAND),
     "all-zero": Rule("note", "If it is not meant to be: download or copy it again."),
+    "zero-rows": Rule("note", "If they are not meant to be: download or copy it again."),
     "lost-codes": Rule("error", f"{_AGAIN} A copy that did not end leaves zeros."),
     "subnormal-block-scale": Rule(
         "warning", "Move powers of two from the global scale into the block scales.", ("vllm",)
@@ -116,6 +118,11 @@ RULES = {
     "expert-scales": Rule(
         "note",
         "Call `hf_nvfp4_qat.compat.fix_expert_loading()` before `from_pretrained`, or use `load_nvfp4`.",
+        ("transformers",),
+    ),
+    "not-for-transformers": Rule(
+        "warning",
+        "Load it with `load_nvfp4`, or serve it with vLLM; or leave the layers out: `nvfp4-qat quantize --exclude`.",
         ("transformers",),
     ),
     "modelopt-dialect": Rule(

@@ -84,8 +84,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     num_updates, num_lost = torch.stack([count.to(counts[0].device) for count in counts]).sum(0).tolist()
     if num_updates and num_lost / num_updates > _MOST:
         logger.warning(
-            "Master weights in %s are too coarse for the learning rate %s: in a step, %s of the updates left them as they "
-            "were. Load %s with `dtype=torch.float32`; `bf16=True` of a Trainer still computes in bfloat16.",
+            "Master weights in %s are too coarse for the learning rate %s: in one step, %s of the updates left them as "
+            "they were. Load %s with `dtype=torch.float32`; `bf16=True` of a Trainer still computes in bfloat16.",
             str(sampled[0][0].dtype).removeprefix("torch."),
             f"{_learning_rates[optimizer]:g}",
             f"{num_lost / num_updates:.1%}",
