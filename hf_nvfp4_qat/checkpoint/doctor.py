@@ -254,8 +254,9 @@ def _without_consequences(contents: Contents, findings: list[Finding]) -> list[F
     def follows(finding: Finding) -> bool:
         if not damaged or finding.rule not in _CONSEQUENCES:
             return False
-        # Without an index nobody knows what the files held.
-        return not hidden or any(f"{name}.".startswith(f"{finding.where}.") for name in hidden)
+        # A weight is there as its codes, `weight_packed`; and without an index nobody knows what the files held.
+        starts = (f"{finding.where}.", *([f"{finding.where}_"] if finding.where.endswith(".weight") else []))
+        return not hidden or any(f"{name}.".startswith(starts) for name in hidden)
 
     return [finding for finding in findings if not follows(finding)]
 
