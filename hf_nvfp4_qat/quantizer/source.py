@@ -37,7 +37,7 @@ def check_source(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> Non
     if left_out:
         logger.warning(
             "%s has no place for %d matrices of the checkpoint, the first %s: they do not train, and a save does not "
-            "write them. `nvfp4-qat quantize` keeps them, in bfloat16.",
+            "write them. `nvfp4-qat quantize` keeps them as they are.",
             type(model).__name__,
             len(left_out),
             left_out[0],
