@@ -39,10 +39,10 @@ def model_class(config: Any, directory: Path, *, trust_remote_code: bool = False
     named = config.architectures
     name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     found = getattr(transformers, name, None) if name else None
-    references = [entry for entry in (getattr(config, "auto_map", None) or {}).values() if isinstance(entry, str)]
-    own = next((reference for reference in references if reference.rpartition(".")[2] == name), None)
-    if own and trust_remote_code:
-        found = get_class_from_dynamic_module(own, directory)
+    for auto_class, reference in (getattr(config, "auto_map", None) or {}).items():
+        if trust_remote_code and isinstance(reference, str) and reference.rpartition(".")[2] == name:
+            found = get_class_from_dynamic_module(reference, directory)
+            found.register_for_auto_class(auto_class)  # so that a save brings the code along
     # Transformers has other classes too, and what config.json names is called with what config.json holds.
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(

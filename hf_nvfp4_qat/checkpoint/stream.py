@@ -396,11 +396,10 @@ def is_tied(model: nn.Module) -> bool | None:
     """Whether the input embedding is the output embedding too; None for a model that lacks one of them."""
     from transformers.modeling_utils import PreTrainedModel
 
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if not isinstance(head, nn.Module) or not hasattr(head, "weight"):
+    if not isinstance(model, PreTrainedModel) or (head := model.get_output_embeddings()) is None:
         return None
     embedding = model.get_input_embeddings()
-    return head.weight is embedding.weight if hasattr(embedding, "weight") else None
+    return head.weight is embedding.weight if hasattr(head, "weight") and hasattr(embedding, "weight") else None
 
 
 def wrong_tied_settings(config: Any, tied: bool | None) -> dict[str, Any]:

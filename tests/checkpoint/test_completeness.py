@@ -358,3 +358,55 @@ def test_adapters_are_refused_where_whole_weights_are_needed_until_they_are_merg
     assert verify_nvfp4(tmp_path / "merged", merged).ok
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     torch.testing.assert_close(served(input_ids=tokens()).logits.float(), expected, rtol=0, atol=0.05)
+
+
+@pytest.fixture(scope="module")
+def custom(tmp_path_factory):
+    """A checkpoint whose model is code beside it."""
+    path = saved(tiny_llama(), tmp_path_factory.mktemp("custom") / "source")
+    (path / "configuration_tiny.py").write_text(
+        "from transformers import LlamaConfig\nclass TinyConfig(LlamaConfig):\n    model_type = 'tiny_custom'\n"
+    )
+    (path / "modeling_tiny.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_tiny import TinyConfig\n"
+        "class TinyForCausalLM(LlamaForCausalLM):\n    config_class = TinyConfig\n"
+    )
+    classes = {
+        "AutoConfig": "configuration_tiny.TinyConfig",
+        "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM",
+    }
+    config = json.loads((path / "config.json").read_text())
+    config |= {"model_type": "tiny_custom", "architectures": ["TinyForCausalLM"], "auto_map": classes}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_custom_code_runs_where_it_is_trusted_and_comes_along(custom, tmp_path):
+    run = CliRunner().invoke(app, ["quantize", str(custom), str(tmp_path / "packed"), "--trust-remote-code"])
+    assert run.exit_code == 0, run.output
+    model = load_nvfp4(tmp_path / "packed", trust_remote_code=True)
+    assert type(model).__name__ == "TinyForCausalLM" and model.nvfp4_requantization.num_moved == 0
+    model.save_pretrained(tmp_path / "again")
+    dequantize_checkpoint(tmp_path / "again", tmp_path / "plain")
+    for name in ("packed", "again", "plain"):
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["auto_map"]["AutoModelForCausalLM"].endswith("modeling_tiny.TinyForCausalLM")
+        assert {"modeling_tiny.py", "configuration_tiny.py"} <= {path.name for path in (tmp_path / name).iterdir()}
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", trust_remote_code=True)
+    assert torch.equal(served(tokens()).logits, model(tokens()).logits)
+
+
+def test_custom_code_that_is_not_trusted_does_not_run_and_the_way_out_exists(custom, tmp_path):
+    spoiled = shutil.copytree(custom, tmp_path / "source")
+    (spoiled / "configuration_tiny.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for arguments in (["quantize", str(spoiled), str(tmp_path / "packed")], ["inspect", str(spoiled)],
+                      ["sensitivity", str(spoiled), "--text", str(spoiled / "modeling_tiny.py")]):  # fmt: skip
+        run = CliRunner().invoke(app, arguments)
+        said = " ".join(run.output.split())
+        assert run.exit_code == 2 and "is custom code, and none was run" in said
+        assert "--trust-remote-code` of `nvfp4-qat quantize`" in said
+    quantize_checkpoint(custom, tmp_path / "packed", trust_remote_code=True)
+    shutil.copy(spoiled / "configuration_tiny.py", tmp_path / "packed")
+    with pytest.raises(ValueError, match="none was run.*`trust_remote_code=True` of `load_nvfp4`"):
+        load_nvfp4(tmp_path / "packed")
+    assert not (tmp_path / "ran").exists()
