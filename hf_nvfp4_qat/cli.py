@@ -42,6 +42,9 @@ ExcludeFrom = Annotated[Path | None, typer.Option(help="JSON list of such module
 FirstLayers = Annotated[int, typer.Option(help="Decoder layers to leave unquantized at the start.")]
 LastLayers = Annotated[int, typer.Option(help="And at the end.")]
 Activations = Annotated[str, typer.Option(help="bf16, or nvfp4: quantize the inputs of linears too (W4A4).")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model's code that lies beside SOURCE; read it first.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into a directory that is not empty.")]
 
 
@@ -132,6 +135,7 @@ def quantize(
     bf16_first_layers: FirstLayers = 0,
     bf16_last_layers: LastLayers = 0,
     max_shard_size: ShardSize = "5GB",
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Post-training quantization: pack an unquantized safetensors checkpoint to NVFP4 (W4A16)."""
@@ -145,6 +149,7 @@ def quantize(
             destination,
             config,
             max_shard_size=max_shard_size,
+            trust_remote_code=trust_remote_code,
             progress=advance,
         )
     console.print(f"{num_layers} layers packed to {destination}", soft_wrap=True)

@@ -5,7 +5,7 @@ names are those of compressed-tensors; the reader shows the other dialect under 
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,12 +30,18 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, scale_facts, shared_exponents
-from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_shapes, linear_weights
+from hf_nvfp4_qat.checkpoint.skeleton import (
+    SKIPPED,
+    checkpoint_shapes,
+    linear_weights,
+    missing_tensors,
+    tied_copies,
+    tied_heads,
+)
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key, split_fused_groups
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX
 
 _STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
-CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 _NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK_SIZE}
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _PLAUSIBLE = (1e-10, 1e4)
@@ -248,6 +254,8 @@ def _check_group(group: dict[str, ScaleFacts]) -> Iterator[Finding]:
         if facts.num_lost_rows:
             message = f"{facts.num_lost_rows} rows have only zeros for codes, under block scales that zeros do not have"
             yield found("lost-codes", layer, message)
+        if facts.num_zero_rows and facts.largest is not None:
+            yield found("zero-rows", layer, f"{facts.num_zero_rows} rows decode to nothing but zeros")
         if facts.num_subnormal:
             message = f"{facts.num_subnormal} block scales are subnormal; Marlin reads them as zero"
             yield found("subnormal-block-scale", layer, message, fixable=is_fixable)
@@ -277,7 +285,7 @@ def check_architecture(
     packed = set(layers)
     expected = checkpoint_shapes(model, reader.names)
     present = {f"{layer}.weight" for layer in packed} | (set(reader.names) - packed_tensors(packed))
-    for name in sorted(set(expected) - present):
+    for name in sorted(missing_tensors(model, reader.names)):
         yield found("missing-tensor", name, "missing")
     # Llama 4's in ModelOpt's dialect: all experts of a layer in one tensor of codes.
     fused = tuple(sorted(name for name in expected if f"{name}_{BLOCK_SCALE}" in present))
@@ -286,11 +294,17 @@ def check_architecture(
     expected = {name: shape for name, shape in expected.items() if name not in fused}
     present -= {name for name in present if name.startswith(fused)}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    copies = tied_copies(model, reader.names)
     for name in sorted(present - set(expected)):
-        is_skipped = name in model.all_tied_weights_keys or name.endswith(("rotary_emb.inv_freq", *CACHE_SCALES))
+        is_skipped = name in (*model.all_tied_weights_keys, *copies) or name.endswith(SKIPPED)
         is_skipped |= any(pattern.search(name) for pattern in ignored)
         message = f"not a tensor of {type(model).__name__}"
-        if is_skipped:
+        if name in copies and name in reader.file_of and _differ(reader, name, copies[name]):
+            message = (
+                f"differs from {copies[name]}, to which config.json ties it; some loaders take the one, some the other"
+            )
+            yield found("another-head", name, message)
+        elif is_skipped:
             yield found("skipped-tensor", name, f"{message}, but skipped by loaders")
         else:
             yield found("unknown-tensor", name, message)
@@ -306,25 +320,37 @@ def check_architecture(
             stored = reader.layout(name)[0]
             if stored not in FLOATING:
                 yield found("wrong-layout", name, f"stored as {stored}; engines read floating-point numbers here")
-    yield from check_ignore(reader, packed, linears)
+    yield from check_ignore(reader, packed, linears, tied_heads(model))
 
 
-def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, str]) -> Iterator[Finding]:
+def _differ(reader: CheckpointReader, name: str, other: str) -> bool:
+    if reader.layout(name) != reader.layout(other):
+        return True
+    try:
+        return not torch.equal(reader.get_tensor(name), reader.get_tensor(other))
+    except ValueError:  # a tensor that cannot be read is a finding of its own
+        return False
+
+
+def check_ignore(
+    reader: CheckpointReader, packed: set[str], linears: dict[str, str], heads: Collection[str]
+) -> Iterator[Finding]:
     """`ignore` names the linear layers that are not packed, under both their names, and no others.
 
     Args:
         reader: of the checkpoint.
         packed: names of the packed layers.
         linears: weight name of each linear to its module path.
+        heads: paths of linears that are tied to an embedding, and so have no tensor.
 
     Raises:
         ValueError: `ignore` has something that is no pattern.
     """
     quantization = reader.config().get("quantization_config") or {}
     entries = quantization.get("ignore") or []
-    ignored = names_matching({*map(layer_of, linears), *linears.values()}, entries)
+    ignored = names_matching({*map(layer_of, linears), *linears.values(), *heads}, entries)
     plain = set(entries)
-    targeted = targeted_layers(quantization, {*map(layer_of, linears), *packed})
+    targeted = targeted_layers(quantization, {*map(layer_of, linears), *packed, *heads})
     for layer in sorted(packed - (packed if targeted is None else targeted)):
         yield found("bad-group", layer, "packed, but no group's `targets` name it")
     names = set(reader.names)
@@ -344,6 +370,10 @@ def check_ignore(reader: CheckpointReader, packed: set[str], linears: dict[str, 
             message = f"`ignore` lacks its module name {module_path}; Transformers looks for that"
         if message:
             yield found("ignore-mismatch", layer, message, fixable=is_fixable)
+    for path in heads:
+        if path in (targeted or ()) and path not in ignored and path not in packed:
+            message = "tied to the embedding, and not in `ignore`: Transformers makes a packed layer of it, and fails"
+            yield found("ignore-mismatch", path, message, fixable=True)
     stored = {layer_of(name) for name in linears if name in names} | packed
     for inside, outside in split_fused_groups(packed, stored).values():
         yield found("split-group", inside[0], f"packed, but {outside[0]}, which vLLM fuses with it, is not")

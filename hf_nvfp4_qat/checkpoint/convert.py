@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,12 @@ from hf_nvfp4_qat.checkpoint.files import (
     staged_files,
 )
 from hf_nvfp4_qat.checkpoint.findings import printable
-from hf_nvfp4_qat.checkpoint.load import check_packed, check_unquantized
+from hf_nvfp4_qat.checkpoint.load import (
+    check_holds_no_codes,
+    check_nothing_missing,
+    check_packed,
+    check_unquantized,
+)
 from hf_nvfp4_qat.checkpoint.modelopt import (
     ModelOptReader,
     from_modelopt,
@@ -54,7 +60,7 @@ from hf_nvfp4_qat.checkpoint.save import (
     plan_files,
     write_weights,
 )
-from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, skeleton
+from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, missing_tensors, skeleton
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, served_dtype, shared_scales
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
@@ -72,13 +78,13 @@ _SAFETENSORS_DTYPES = {
 
 
 def ptq_sources(
-    directory: Path, recipe: Recipe, *, progress: Progress
+    directory: Path, recipe: Recipe, *, progress: Progress, trust_remote_code: bool = False
 ) -> tuple[list[TensorSource], PreTrainedModel, CheckpointReader]:
     """What post-training quantization makes of an unquantized checkpoint: sources, skeleton and reader.
 
     Raises:
-        ValueError: inputs are to be quantized too; the checkpoint is quantized already, cannot be read, or lacks a
-            weight to be quantized.
+        ValueError: inputs are to be quantized too; the checkpoint is quantized already, cannot be read, holds codes, or
+            lacks a weight to be quantized.
     """
     if recipe.activations != "bf16":
         raise ValueError(
@@ -88,18 +94,26 @@ def ptq_sources(
         )
     check_unquantized(directory)
     reader = open_checkpoint(directory)
-    model = skeleton(directory)
+    check_holds_no_codes(reader)
+    model = skeleton(directory, trust_remote_code=trust_remote_code)
     swap_linears(model, recipe, output_embedding=model.get_output_embeddings())
     module_names = checkpoint_names(model, reader.names)
     weights = set(qat_weights(model))
     selected = {name for name, module_name in module_names.items() if module_name in weights}
     found = {layer_of(name): partial(reader.get_tensor, name) for name in reader.names if name in selected}
     scales = shared_scales(found, progress=lambda num_done: progress("reading scales", num_done, len(found)))
+    # Where linears have 16 bits, what has 32 was given them on purpose; matrices are most of the bytes, and stay out.
+    is_mixed = all(reader.layout(name)[0] != "F32" for name in selected & set(reader.names))
     sources = [
         TensorSource(
             name=name,
             shape=reader.layout(name)[1],
-            dtype=served_dtype(model, name, _dtype(reader, name)),
+            dtype=served_dtype(
+                model,
+                name,
+                _dtype(reader, name),
+                keeps_float32=is_mixed and not _is_matrix(name, reader.layout(name)[1]),
+            ),
             module_name=module_names.get(name),
             load=partial(reader.get_tensor, name),
             global_decode_scale=partial(scales.__getitem__, layer_of(name)) if name in selected else None,
@@ -122,6 +136,7 @@ def quantize_checkpoint(
     recipe: Recipe | None = None,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    trust_remote_code: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> int:
     """Post-training quantization of a safetensors checkpoint, streaming: no model in memory, one shard at a time.
@@ -131,6 +146,7 @@ def quantize_checkpoint(
         destination: directory to write, complete or not at all.
         recipe: what to quantize, and how; the defaults if None.
         max_shard_size: bytes, or a string such as "5GB".
+        trust_remote_code: run the model's code that lies beside the weights, if config.json names some.
         progress: called after each weight.
 
     Returns:
@@ -139,7 +155,10 @@ def quantize_checkpoint(
     Raises:
         ValueError: bad input; nothing is written then.
     """
-    sources, model, reader = ptq_sources(resolve_checkpoint(source), recipe or Recipe(), progress=progress)
+    sources, model, reader = ptq_sources(
+        resolve_checkpoint(source), recipe or Recipe(), progress=progress, trust_remote_code=trust_remote_code
+    )
+    check_nothing_missing(reader.directory, type(model), missing_tensors(model, reader.names))
     files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:
         write_weights(files, packed_weights(files), staged, progress=partial(progress, "packing"))
@@ -165,6 +184,11 @@ def dequantize_checkpoint(
     """
     reader = open_checkpoint(resolve_checkpoint(source))
     check_packed(reader)
+    model = None
+    with suppress(ValueError):  # of an architecture that is not known here, nobody can say what is missing
+        model = skeleton(reader.directory)
+    if model is not None:
+        check_nothing_missing(reader.directory, type(model), missing_tensors(model, reader.names))
     layers = quantized_layers(reader.names)
     replaced = packed_tensors(layers)
     sources = [
@@ -257,6 +281,10 @@ def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
             f"Unquantized tensors are copied in a dtype of torch; {name} is stored as {stored}. Convert it first."
         )
     return _SAFETENSORS_DTYPES[stored]
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 or (len(shape) == 3 and "experts" in name)
 
 
 def _copy_other_files(reader: CheckpointReader, staged: StagedFiles, *, with_card: bool = False) -> None:

@@ -37,6 +37,7 @@ from hf_nvfp4_qat.checkpoint.engine_checks import (
     check_kept_out,
     check_names_in_vllm,
     check_plain_loading,
+    check_targets,
     check_tensor_parallel,
     check_unpacked_values,
 )
@@ -224,12 +225,41 @@ def look_at(directory: Path) -> Examination:
     examination.readable = [layer for layer in examination.readable if layer not in lost]
     if examination.config is not None:
         _examine_by_config(examination, examination.config)
+    if is_mixed or examination.config is not None:
+        try:
+            quantization = (contents.config or {}).get("quantization_config") or {}
+            examination.findings += check_targets(reader, quantization, examination.layers)
+        except (ValueError, TypeError, AttributeError) as error:
+            examination.findings.append(found("bad-config", CONFIG_FILE, f"`config_groups` cannot be read: {error}"))
+    examination.findings = _without_consequences(contents, examination.findings)
     rules = {finding.rule for finding in examination.findings}
     examination.findings = [
         replace(finding, fixable=finding.fixable and not (rules & _FIRST.get(finding.rule, _FIRST[""])))
         for finding in examination.findings
     ]
     return examination
+
+
+_CONSEQUENCES = {
+    *("missing-tensor", "missing-parts", "missing-expert", "missing-input-scale", "scale-without-codes"),
+    *("nothing-packed", "no-quantization-config"),
+}
+"""Rules that are broken where a file is damaged or missing, and whose advice would do harm then."""
+
+
+def _without_consequences(contents: Contents, findings: list[Finding]) -> list[Finding]:
+    """Leave out what follows from files that cannot be read."""
+    damaged = {finding.where for finding in contents.findings if finding.rule in ("unreadable-file", "missing-shard")}
+    hidden = [name for name, file in (contents.weight_map or {}).items() if file in damaged]
+
+    def follows(finding: Finding) -> bool:
+        if not damaged or finding.rule not in _CONSEQUENCES:
+            return False
+        # A weight is there as its codes, `weight_packed`; and without an index nobody knows what the files held.
+        starts = (f"{finding.where}.", *([f"{finding.where}_"] if finding.where.endswith(".weight") else []))
+        return not hidden or any(f"{name}.".startswith(starts) for name in hidden)
+
+    return [finding for finding in findings if not follows(finding)]
 
 
 def _is_mixed(contents: Contents) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import CACHE_SCALES, layers_with_nvfp4_inputs, setting
+from hf_nvfp4_qat.checkpoint.checks import layers_with_nvfp4_inputs, setting
 from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.checkpoint.findings import Finding, found
 from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
@@ -19,6 +19,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     EMBEDDINGS,
     INPUT_GLOBAL_SCALE,
     OF_AN_EXPERT,
+    PACKED,
     activations_of,
     from_checkpoint,
     ignored_in_vllm,
@@ -27,7 +28,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
-from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
+from hf_nvfp4_qat.checkpoint.skeleton import CACHE_SCALES, linear_weights
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
 from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
 from hf_nvfp4_qat.modules.selection import (
@@ -42,6 +43,8 @@ from hf_nvfp4_qat.modules.selection import (
 from hf_nvfp4_qat.modules.swap import fused_experts
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 
+_MAX_TARGETS = 64
+"""Each is matched by itself; files with more are not compared."""
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 _ROW_PARALLEL = {"o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "wo"}
@@ -228,6 +231,42 @@ def check_unpacked_values(reader: CheckpointReader, layers: list[str]) -> Iterat
                 yield found("bad-cache-scale", name, "a scale of the key and value cache that is not positive")
             elif num_bad := sum(int((~piece.isfinite()).sum()) for piece in tensor.flatten().split(2**24)):
                 yield found("not-finite", name, f"{num_bad} values are NaN or infinite")
+
+
+def check_targets(reader: CheckpointReader, quantization: dict[str, Any], packed: list[str]) -> Iterator[Finding]:
+    """Where several groups name a layer, all engines take the group of its format.
+
+    vLLM takes the first in the order of the file; compressed-tensors, in Transformers, sorts them: whole names, then
+    expressions by their letters.
+
+    Args:
+        reader: of the checkpoint.
+        quantization: `quantization_config` of config.json.
+        packed: layers in NVFP4.
+
+    Raises:
+        ValueError: `targets` has something that is no pattern.
+    """
+    groups = quantization.get("config_groups") or {}
+    targets = [(target, name) for name, group in groups.items() for target in group.get("targets") or []]
+    named = [(target, name) for target, name in targets if not str(target)[:1].isupper()]
+    if len({name for _, name in named}) < 2 or len(named) > _MAX_TARGETS:
+        return
+    layers = {name.rpartition(".")[0] for name in reader.names if name.endswith((".weight", f".{PACKED}"))}
+    matching = {target: names_matching(layers, [target]) for target, _ in named}
+    is_nvfp4 = {name: (group.get("weights") or {}).get("num_bits") == 4 for name, group in groups.items()}
+    schemes = {name: {**group, "targets": None} for name, group in groups.items()}
+    orders = (named, sorted(named, key=lambda entry: (entry[0].startswith("re:"), entry[0])))
+    for layer in sorted(layers):
+        by_engine = [next((name for target, name in order if layer in matching[target]), "") for order in orders]
+        if len({name for target, name in named if layer in matching[target]}) < 2:
+            continue
+        vllm, transformers = by_engine
+        if schemes[vllm] != schemes[transformers]:
+            message = f"vLLM takes it for one of `{vllm}`, Transformers for one of `{transformers}`"
+            yield found("overlapping-targets", layer, message)
+        elif is_nvfp4[vllm] != (layer in packed):
+            yield found("overlapping-targets", layer, f"engines take it for one of `{vllm}`, and it has another format")
 
 
 def check_engines(

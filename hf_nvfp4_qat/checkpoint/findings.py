@@ -51,6 +51,7 @@ RULES = {
     "nothing-packed": Rule("error", "Remove `quantization_config`, or pack the weights: `nvfp4-qat quantize`."),
     "other-format": Rule("error", "This package reads and checks NVFP4 only."),
     "bad-config": Rule("error", "Take config.json from the checkpoint's source again."),
+    "overlapping-targets": Rule("error", "Let the `targets` of each group name its own layers alone."),
     "bad-group": Rule(
         "error",
         "Describe under `config_groups` what is packed: its `targets`, and weights of 4-bit floats in groups of 16.",
@@ -85,6 +86,7 @@ RULES = {
     "implausible-scale": Rule("warning", _BY_HAND),
     "zero-block-scale": Rule("warning", _BY_HAND),
     "all-zero": Rule("note", "If it is not meant to be: download or copy it again."),
+    "zero-rows": Rule("note", "If they are not meant to be: download or copy it again."),
     "lost-codes": Rule("error", f"{_AGAIN} A copy that did not end leaves zeros."),
     "subnormal-block-scale": Rule(
         "warning", "Move powers of two from the global scale into the block scales.", ("vllm",)
@@ -102,6 +104,10 @@ RULES = {
     "tied-lm-head": Rule(
         "error", "Decide which is meant: set `tie_word_embeddings` to false, or remove the tensors of the head."
     ),
+    "another-head": Rule(
+        "warning",
+        "Set `tie_word_embeddings` to false, under `text_config` too, or remove the tensor of the head.",
+    ),
     "quantized-embedding": Rule("error", "Decode it to bfloat16."),
     # Against the architecture
     "missing-tensor": Rule("error", _AGAIN),
@@ -112,7 +118,7 @@ RULES = {
     # Engines
     "vllm-name": Rule("error", "Add the entry to `ignore`.", ("vllm",)),
     "plain-loading": Rule(
-        "note", "Load it with `load_nvfp4`, or keep the layer out with `--exclude`.", ("transformers",)
+        "warning", "Load it with `load_nvfp4`, or keep the layer out with `--exclude`.", ("transformers",)
     ),
     "expert-scales": Rule(
         "note",

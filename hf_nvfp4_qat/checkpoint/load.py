@@ -7,12 +7,14 @@ move a little when quantized again, and the report says by how much.
 
 import logging
 import os
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hf_nvfp4_qat.checkpoint.files import (
     CONFIG_FILE,
@@ -31,6 +33,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     SERVED_DTYPE,
     from_checkpoint,
     is_nvfp4_config,
+    layer_of,
     packed_tensors,
     quantized_layers,
 )
@@ -49,6 +52,7 @@ class Requantization:
         num_elements: elements of all packed layers that train in NVFP4.
         not_trained: packed layers that now train in high precision (`exclude`, or a default rule).
         num_input_scales: activation scales of a W4A4 checkpoint that training with 16-bit inputs drops.
+        unused: tensors of the checkpoint that the model has no place for, and that a save does not write.
     """
 
     num_layers: int
@@ -57,6 +61,7 @@ class Requantization:
     num_elements: int
     not_trained: tuple[str, ...]
     num_input_scales: int
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if self.moved:
@@ -71,6 +76,8 @@ class Requantization:
             notes.append(f"{len(self.not_trained)} packed layers now train in high precision")
         if self.num_input_scales:
             notes.append(f"{self.num_input_scales} activation scales dropped (training is W4A16: `activations='bf16'`)")
+        if self.unused:
+            notes.append(f"{len(self.unused)} tensors have no place in the model, the first {self.unused[0]}")
         return "; ".join(notes)
 
 
@@ -143,6 +150,24 @@ def check_unquantized(directory: Path) -> None:
         )
 
 
+def check_holds_no_codes(reader: CheckpointReader) -> None:
+    """Refuse codes in a checkpoint that says nothing of a quantization: their numbers are no weights.
+
+    Masks and tables of whole numbers, which many models have beside their weights, are no codes.
+
+    Raises:
+        ValueError: there are some.
+    """
+    for name in reader.names:
+        dtype, shape = reader.layout(name)
+        holds_weights = name.endswith(".weight") or (".experts." in name and len(shape) > 1)
+        if dtype not in FLOATING and (holds_weights or dtype.startswith("F")):
+            raise ValueError(
+                f"Quantization starts from weights in 16 or 32 bits; {reader.directory} has codes, the first {name} in "
+                f"{dtype}, and its config.json does not say what they mean. Use the original checkpoint."
+            )
+
+
 def codes_of_other_formats(reader: CheckpointReader) -> list[str]:
     """Weights, and other matrices, of numbers that no unquantized layer has."""
     packed = packed_tensors(quantized_layers(reader.names))
@@ -154,24 +179,60 @@ def codes_of_other_formats(reader: CheckpointReader) -> list[str]:
     ]
 
 
+def check_nothing_missing(directory: Path, architecture: type[PreTrainedModel], missing: Collection[str]) -> None:
+    """Refuse a checkpoint that does not give every tensor of its model.
+
+    Args:
+        directory: of the checkpoint.
+        architecture: class of the model.
+        missing: `missing_keys` of Transformers' loading report.
+
+    Raises:
+        ValueError: there are such tensors.
+    """
+    if missing:
+        raise ValueError(
+            f"Every tensor of a model must be in its checkpoint; {directory} lacks {len(missing)} of "
+            f"{architecture.__name__}, the first {min(missing)}, and they would start at random. Download or copy the "
+            "whole checkpoint."
+        )
+
+
 def load_decoded(path: str | os.PathLike, **kwargs: Any) -> tuple[PreTrainedModel, CheckpointReader]:
-    """A packed checkpoint as an ordinary model with decoded weights.
+    """A packed checkpoint as an ordinary model with decoded weights, every one of which was in the checkpoint.
 
     Args:
         path: directory or Hub repository id.
         kwargs: for ``from_pretrained``; `revision` and `token` are used for the download.
 
     Raises:
-        ValueError: not a packed NVFP4 checkpoint, or an architecture Transformers does not know.
+        ValueError: not a packed NVFP4 checkpoint, an architecture Transformers does not know, or tensors that are
+            missing, of another shape, or packed and not of this architecture.
     """
-    from hf_nvfp4_qat.checkpoint.skeleton import model_class, unquantized_config
+    from hf_nvfp4_qat.checkpoint.skeleton import model_class, unquantized_config, unused_tensors
 
     directory = resolve_checkpoint(path, revision=kwargs.pop("revision", None), token=kwargs.pop("token", None))
     reader = open_checkpoint(directory)
     check_packed(reader)
-    config = unquantized_config(directory)
+    trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
+    config = unquantized_config(directory, trust_remote_code=trust_remote_code)
     kwargs.setdefault("dtype", SERVED_DTYPE)
+    if (directory / "generation_config.json").is_file():
+        kwargs.setdefault("generation_config", GenerationConfig.from_pretrained(directory))
+    architecture = model_class(config, directory, trust_remote_code=trust_remote_code)
     # The same call as for files, so that renamed and regrouped weights land where Transformers wants them.
-    model = model_class(config).from_pretrained(None, config=config, state_dict=read_decoded(reader), **kwargs)
+    model, report = architecture.from_pretrained(
+        None, config=config, state_dict=read_decoded(reader), output_loading_info=True, **kwargs
+    )
+    check_nothing_missing(directory, architecture, report["missing_keys"])
+    if report["unexpected_keys"]:
+        packed = {f"{layer}.weight" for layer in quantized_layers(reader.names)}
+        ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+        lost = [name for name in unused_tensors(model, reader.names) if name in packed]
+        if lost := [name for name in lost if not any(pattern.search(name) for pattern in ignored)]:
+            raise ValueError(
+                f"Every packed layer must be one of the model; {directory} has {len(lost)} that no layer of "
+                f"{architecture.__name__} takes, the first {layer_of(lost[0])}. Check `architectures` in config.json."
+            )
     model.name_or_path = str(path)
     return model, reader

@@ -46,7 +46,7 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_match
 from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
-from hf_nvfp4_qat.checkpoint.skeleton import linear_weights
+from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, tied_heads
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key
 
 _RESCALED = ("unshared-scale", "subnormal-block-scale")
@@ -259,6 +259,8 @@ def _ignore(examination: Examination, plan: _Plan) -> list[str]:
     for name, path in linears.items():
         if layer_of(name) in needed or (layer_of(name) not in packed and name in names):
             needed |= {layer_of(name), path}
+    if examination.model is not None:
+        needed |= set(tied_heads(examination.model)) - packed
     # An entry that goes may have stood for others too.
     stood_for = {layer_of(name) for name in names if name.endswith(".weight") and layer_of(name) not in packed}
     needed |= names_matching(stood_for, [entry for entry in entries if entry not in kept])

@@ -33,6 +33,7 @@ class ScaleFacts:
         num_subnormal: block scales below 2**-6, but not zero, under codes that are not zero.
         num_negative_zeros: codes.
         num_lost_rows: rows that have only zeros for codes, but three block scales or more.
+        num_zero_rows: the other rows that have only zeros for codes.
         smallest, largest: block scale, neither bad nor zero, under codes that are not zero; None if there is none.
     """
 
@@ -42,6 +43,7 @@ class ScaleFacts:
     num_subnormal: int
     num_negative_zeros: int
     num_lost_rows: int
+    num_zero_rows: int
     smallest: float | None
     largest: float | None
 
@@ -53,7 +55,7 @@ class ScaleFacts:
 
 def scale_facts(weight: NVFP4Tensor) -> ScaleFacts:
     """Look at every scale of a weight ``[N, K]``, some rows at a time."""
-    num_bad = num_zero = num_subnormal = num_negative_zeros = num_lost_rows = 0
+    num_bad = num_zero = num_subnormal = num_negative_zeros = num_lost_rows = num_zero_rows = 0
     smallest, largest = math.inf, 0.0
     for rows in _row_pieces(weight):
         scale, codes = rows.block_scale.float(), rows.packed
@@ -68,7 +70,9 @@ def scale_facts(weight: NVFP4Tensor) -> ScaleFacts:
         num_subnormal += int((used < E4M3_MIN_NORMAL).sum())
         # Packers give blocks of zeros one scale, and blocks that round to zeros at most one other, their least.
         is_third = (scale != scale.amin(1, keepdim=True)) & (scale != scale.amax(1, keepdim=True))
-        num_lost_rows += int(((magnitudes == 0).all(1) & ~is_bad.any(1) & is_third.any(1)).sum())
+        is_zero_row = (magnitudes == 0).all(1) & ~is_bad.any(1)
+        num_lost_rows += int((is_zero_row & is_third.any(1)).sum())
+        num_zero_rows += int((is_zero_row & ~is_third.any(1)).sum())
         # Adding 7 sets the sign bit of every magnitude but zero. We write no negative zero: ours are never counted.
         if (blocks & ~(magnitudes + _MAGNITUDES) & _SIGNS).any():
             num_negative_zeros += int(((codes & 0x0F) == 0x08).sum()) + int(((codes & 0xF0) == 0x80).sum())
@@ -82,6 +86,7 @@ def scale_facts(weight: NVFP4Tensor) -> ScaleFacts:
         num_subnormal,
         num_negative_zeros,
         num_lost_rows,
+        num_zero_rows,
         smallest if has_used else None,
         largest if has_used else None,
     )

@@ -29,7 +29,14 @@ from hf_nvfp4_qat.checkpoint.files import (
 )
 from hf_nvfp4_qat.checkpoint.modelopt import modelopt_config_files, to_modelopt
 from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, layer_of, quantization_config
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
+from hf_nvfp4_qat.checkpoint.skeleton import tied_copies
+from hf_nvfp4_qat.checkpoint.stream import (
+    TensorSource,
+    ignored_layers,
+    is_tied,
+    packed_sources,
+    wrong_tied_settings,
+)
 from hf_nvfp4_qat.distributed.gather import on_main_process, reshard
 from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
@@ -127,6 +134,10 @@ def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[Tensor
         sources: the weights of the checkpoint.
     """
     config = copy.deepcopy(config)
+    tied = False if is_tied(model) and _has_another_head(model, sources) else is_tied(model)
+    for name, value in wrong_tied_settings(config, tied).items():
+        part = getattr(config, name) if isinstance(value, dict) else config
+        part.tie_word_embeddings = tied
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = str(SERVED_DTYPE).removeprefix("torch.")
     quantized = next((source for source in sources if source.is_quantized), None)
@@ -136,6 +147,15 @@ def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[Tensor
         quantizes_input=quantized is not None and quantized.input_amax is not None,
     )
     return config.to_diff_dict()
+
+
+def _has_another_head(model: "PreTrainedModel", sources: list[TensorSource]) -> bool:
+    """Whether a checkpoint whose config says that the head is the embedding holds another matrix as head."""
+    by_name = {source.name: source for source in sources if not source.is_quantized}
+    if all(source.module_name for source in by_name.values()):
+        return False  # every tensor is one of the model, which has one for both
+    copies = tied_copies(model, by_name).items()
+    return any(not torch.equal(by_name[name].load(), by_name[other].load()) for name, other in copies)
 
 
 def plan_files(sources: list[TensorSource], *, max_shard_size: int | str) -> dict[str, list[TensorSource]]:

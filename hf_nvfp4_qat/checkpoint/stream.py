@@ -6,9 +6,11 @@ arrival: a packer keyed on module names once packed nothing and wrote a packed c
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -151,8 +153,9 @@ def packed_sources(
 
     Raises:
         ValueError: the number of quantized tensors is not the number of QAT weights; a weight is computed from other
-            tensors; inputs are to be quantized, and some layer has seen none.
+            tensors; inputs are to be quantized, and some layer has seen none; the model has PEFT adapters.
     """
+    _refuse_adapters(model)
     quantized = {plain_name(name): weight for name, weight in qat_weights(model).items()}
     reshard(model)
     if live:
@@ -200,6 +203,23 @@ def packed_sources(
         )
     check_packed_count(sources, len({id(weight.weight) for weight in quantized.values()}))
     return sources
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    """Refuse a model whose weights are not all its own yet: an adapter's product is in no tensor until it is merged."""
+    if "peft" not in sys.modules:
+        return
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ValueError(
+                "Checkpoints and rollouts hold whole weights, and a PEFT adapter is in none before it is merged; "
+                f"{name or 'the model'} has one. Save `model.merge_and_unload()`; for rollouts, train without "
+                "`peft_config`."
+            )
 
 
 def plain_name(name: str) -> str:
@@ -375,14 +395,52 @@ def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:
     return sorted({*matrices, *excluded, *ignored_in_vllm(excluded, packed).values()})
 
 
-def served_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype an unquantized tensor is written in: bfloat16, unless Transformers keeps its module in fp32 regardless.
+# State of recurrent layers and biases of routers: published checkpoints have these in float32, and vLLM 0.31 keeps
+# A_log, routers' biases and KDA's dt_bias so. Cutting a decay to bfloat16 moves it by up to 0.4 percent.
+_FLOAT32_STATE = re.compile(
+    r"(^|\.)(A_log|D|dt_bias|e_score_correction_bias|expert_bias)$|(^|\.)linear_attn\.(o_)?norm\.weight$"
+)
+
+
+def is_tied(model: nn.Module) -> bool | None:
+    """Whether the input embedding is the output embedding too; None for a model that lacks one of them."""
+    from transformers.modeling_utils import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or (head := model.get_output_embeddings()) is None:
+        return None
+    embedding = model.get_input_embeddings()
+    return head.weight is embedding.weight if hasattr(head, "weight") and hasattr(embedding, "weight") else None
+
+
+def wrong_tied_settings(config: Any, tied: bool | None) -> dict[str, Any]:
+    """What `config`, and its part for the language model, should say of `tie_word_embeddings` and does not.
+
+    Loaders ask either of the two. What is tied by the one setting need not be by the other.
 
     Args:
-        model: the model or its skeleton.
+        config: a ``PretrainedConfig``.
+        tied: as ``is_tied`` says.
+    """
+    if tied is None or (tied and config.tie_word_embeddings):
+        return {}
+    wrong: dict[str, Any] = {} if config.tie_word_embeddings == tied else {"tie_word_embeddings": tied}
+    for name in ("text_config", "llm_config", "language_config", "decoder"):
+        if getattr(getattr(config, name, None), "tie_word_embeddings", tied) != tied:
+            wrong[name] = {"tie_word_embeddings": tied}
+    return wrong
+
+
+def served_dtype(model: nn.Module, name: str, dtype: torch.dtype, *, keeps_float32: bool = False) -> torch.dtype:
+    """The dtype an unquantized tensor is written in: bfloat16, but for state that is kept in float32.
+
+    Args:
+        model: the model or its skeleton, whose class may name modules that Transformers keeps in float32 regardless.
         name: checkpoint name.
         dtype: what the tensor is in now.
+        keeps_float32: whether whoever made the tensor chose float32 for it, among others in 16 bits.
     """
+    if dtype not in (torch.float64, torch.float32, torch.float16):
+        return dtype
     keep_fp32 = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    is_kept = any(re.search(rf"(^|\.){key}($|\.)", name) for key in keep_fp32)
-    return SERVED_DTYPE if dtype in (torch.float64, torch.float32, torch.float16) and not is_kept else dtype
+    is_kept = _FLOAT32_STATE.search(name) or any(re.search(rf"(^|\.){key}($|\.)", name) for key in keep_fp32)
+    return torch.float32 if is_kept or (keeps_float32 and dtype == torch.float32) else SERVED_DTYPE

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
-from hf_nvfp4_qat.checkpoint.load import check_unquantized
+from hf_nvfp4_qat.checkpoint.load import check_nothing_missing, check_unquantized
 from hf_nvfp4_qat.checkpoint.save import is_sharded_model, save_nvfp4
+from hf_nvfp4_qat.checkpoint.skeleton import unquantized_config
 from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
 from hf_nvfp4_qat.distillation.trainer import QADTrainer, Teacher
@@ -80,11 +81,12 @@ def distill(
         What it cost, and what came back.
 
     Raises:
-        ValueError: no text, or too little of it; no tokenizer; a source that is quantized; training diverged, and
-            nothing was written.
+        ValueError: no text, or too little of it; no tokenizer; a source that is quantized, not whole, or custom
+            code; training diverged, and nothing was written.
     """
     directory = resolve_checkpoint(source)
     check_unquantized(directory)
+    unquantized_config(directory)  # says what to do about custom code
     tokenizer = load_tokenizer(directory)
     tokens = sequences(tokenizer, read_documents(text), sequence_length)
     if len(tokens) <= num_held_out:
@@ -93,9 +95,10 @@ def distill(
             "measure with. Give more text, or lower one of the two."
         )
     train, held_out = tokens[: len(tokens) - num_held_out], tokens[len(tokens) - num_held_out :]
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, quantization_config=config or NVFP4QATConfig()
+    model, report = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, quantization_config=config or NVFP4QATConfig(), output_loading_info=True
     )
+    check_nothing_missing(directory, type(model), report["missing_keys"])
     with tempfile.TemporaryDirectory() as scratch:
         on_gpu = torch.cuda.is_available()
         options = {

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
-from hf_nvfp4_qat.checkpoint.load import check_unquantized
+from hf_nvfp4_qat.checkpoint.load import check_nothing_missing, check_unquantized
+from hf_nvfp4_qat.checkpoint.skeleton import unquantized_config
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
@@ -134,15 +135,20 @@ def sensitivity(
         progress: called after each forward.
 
     Raises:
-        ValueError: no text, fewer tokens than one sequence, no tokenizer, or a source that is quantized.
+        ValueError: no text, fewer tokens than one sequence, no tokenizer, or a source that is quantized, not
+            whole, or custom code.
     """
     directory = resolve_checkpoint(source)
     check_unquantized(directory)
+    unquantized_config(directory)  # says what to do about custom code
     tokens = sequences(load_tokenizer(directory), read_documents(text), sequence_length)
     on_gpu = torch.cuda.is_available()
-    model = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.bfloat16 if on_gpu else torch.float32,
         quantization_config=config or NVFP4QATConfig(),
-    ).to("cuda" if on_gpu else "cpu")
+        output_loading_info=True,
+    )
+    check_nothing_missing(directory, type(model), report["missing_keys"])
+    model = model.to("cuda" if on_gpu else "cpu")
     return measure_sensitivity(model, tokens[:num_sequences], progress=progress)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from hf_nvfp4_qat.distributed.gather_mode import apply_gather_mode, gather_mode, unwrapped
-from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
+from hf_nvfp4_qat.modules.swap import qat_weights
 
 
 @dataclass
@@ -47,16 +47,15 @@ class NVFP4FSDPPlugin(FullyShardedDataParallelPlugin):
         """Accelerate's, and from the model's first forward on, the gather.
 
         Raises:
-            ValueError: NVFP4 inputs with `cpu_ram_efficient_loading`, which takes all tensors of a state dict for
+            ValueError: persistent buffers with `cpu_ram_efficient_loading`, which takes all tensors of a state dict for
                 sharded ones.
         """
         super().set_auto_wrap_policy(model)
-        if self.cpu_ram_efficient_loading and any(
-            layer.input_amax is not None for layer in qat_modules(model).values()
-        ):
+        if self.cpu_ram_efficient_loading and (buffers := _undistributed(model, fsdp_version=self.fsdp_version)):
             raise ValueError(
-                "With `activations='nvfp4'` models hold measured inputs beside their weights, which Accelerate's "
-                "efficient loading cannot distribute. Set `fsdp_cpu_ram_efficient_loading: false`."
+                "Accelerate's efficient loading distributes parameters, and takes persistent buffers for some; "
+                f"{type(model).__name__} has {len(buffers)} of these, the first {buffers[0]}. Set "
+                "`fsdp_cpu_ram_efficient_loading: false`."
             )
         if self.fsdp_version == 1 or not qat_weights(model):
             return
@@ -69,3 +68,13 @@ class NVFP4FSDPPlugin(FullyShardedDataParallelPlugin):
 
         handle = register_module_forward_pre_hook(before_first_forward)
         finalize(model, handle.remove).atexit = False  # of a model that never runs
+
+
+def _undistributed(model: nn.Module, *, fsdp_version: int) -> list[str]:
+    """Persistent buffers that no process but the first would get; FSDP1 distributes all but measured inputs."""
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set and (fsdp_version != 1 or name == "input_amax")
+    ]

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
 from hf_nvfp4_qat.modules.linear import refuse_computed_weight
+from hf_nvfp4_qat.modules.state_dict import check_master_weight
 from hf_nvfp4_qat.modules.weight_clock import version_of
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_through
@@ -159,8 +160,10 @@ class QATExperts(nn.Module):
             keep_float32(weight, scales[name])
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.nvfp4_weights:
+            check_master_weight(state_dict, prefix, name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # A compiled forward does not check for staleness, so do not leave it to the next forward.
         for weight in self.nvfp4_weights.values():
             weight.global_scales.refresh_if_stale(weight)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
+from hf_nvfp4_qat.modules.state_dict import check_master_weight
 from hf_nvfp4_qat.numerics.activations import activation_amax, fake_quantize_activation
 from hf_nvfp4_qat.numerics.format import check_weight
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax, straight_through
@@ -274,6 +275,7 @@ class QATLinear(nn.Linear):
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
+        check_master_weight(state_dict, prefix, "weight")
         if self.input_amax is not None and f"{prefix}input_amax" not in state_dict:
             # Weights of a model that was not W4A4: what was measured of the inputs stays.
             state_dict = {**state_dict, f"{prefix}input_amax": self.input_amax}

@@ -17,10 +17,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from hf_nvfp4_qat.checkpoint.card import TAGS
 from hf_nvfp4_qat.checkpoint.stream import check_expert_names
+from hf_nvfp4_qat.modules.master_precision import watch_master_precision
 from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, qat_weights, refresh_global_scales, swap_linears
 from hf_nvfp4_qat.quantizer.adapters import ADAPTER_MESSAGE, refuse_adapters_from_now_on
 from hf_nvfp4_qat.quantizer.config import QUANT_METHOD, NVFP4QATConfig
 from hf_nvfp4_qat.quantizer.saving import refuse_patched_saving, save_as_qat
+from hf_nvfp4_qat.quantizer.source import check_source
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class NVFP4QATHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        check_source(model, checkpoint_files or ())
         swap_linears(model, self.quantization_config, output_embedding=model.get_output_embeddings())
         check_expert_names(model)
         if self.quantization_config.activations == "nvfp4":
@@ -115,6 +118,7 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
     if not isinstance(model, PreTrainedModel):
         swap_linears(model, config)
         refresh_global_scales(model)
+        watch_master_precision(model)
         refuse_adapters_from_now_on()
         return model
     refuse_patched_saving(model)
@@ -127,6 +131,7 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
 def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
     """After the weights are in place: scales, saving, and a line about what is covered."""
     refresh_global_scales(model)
+    watch_master_precision(model)
     save_as_qat(model, config.save_format)
     model.add_model_tags([tag for tag in (*TAGS, "quantization-aware-training") if tag not in (model.model_tags or ())])
     refuse_adapters_from_now_on()

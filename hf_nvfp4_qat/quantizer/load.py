@@ -17,7 +17,7 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantized_layers,
     scale_rule_of,
 )
-from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names
+from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, unused_tensors
 from hf_nvfp4_qat.modules.experts import expert_parameters
 from hf_nvfp4_qat.modules.swap import fused_experts, qat_modules, qat_weights
 from hf_nvfp4_qat.numerics.format import E2M1_MAX, E4M3_MAX
@@ -36,16 +36,16 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
         config: what to quantize, and how; None quantizes the layers that are packed in the checkpoint, but for those
             that ``NVFP4QATConfig`` leaves out by rule (the report counts them), by the rule they were packed with, and
             inputs if the checkpoint does and no experts are fused.
-        kwargs: for ``from_pretrained`` (`dtype`, `device_map`, `revision`, ...); `dtype` is that of the master
-            weights and of everything else, bfloat16 by default.
+        kwargs: for ``from_pretrained`` (`dtype`, `device_map`, `revision`, `trust_remote_code`, ...); `dtype` is that
+            of the master weights and of everything else, bfloat16 by default.
 
     Returns:
         The QAT model. ``model.nvfp4_requantization`` says how far quantizing again moves the loaded values: not at
         all for a checkpoint of ours.
 
     Raises:
-        ValueError: not a packed NVFP4 checkpoint, an architecture Transformers does not know, or, without a
-            `config`, layers with NVFP4 inputs beside others.
+        ValueError: not a packed NVFP4 checkpoint, an architecture Transformers does not know, a tensor of the model
+            that is not there, or, without a `config`, layers with NVFP4 inputs beside others.
     """
     model, reader = load_decoded(path, **kwargs)
     packed = set(quantized_layers(reader.names))
@@ -69,7 +69,8 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     _load_input_amaxes(model, reader, layers_of)
     model.nvfp4_requantization = _requantization(model, reader, decoded, layers_of)
     requantization = model.nvfp4_requantization
-    report = logger.warning if requantization.moved or requantization.not_trained else logger.info
+    is_notable = requantization.moved or requantization.not_trained or requantization.unused
+    report = logger.warning if is_notable else logger.info
     report("%s: %s.", path, model.nvfp4_requantization)
     return model
 
@@ -119,4 +120,5 @@ def _requantization(
         num_input_scales=0
         if any(module.input_amax is not None for module in qat_modules(model).values())
         else sum(name.endswith(f".{INPUT_GLOBAL_SCALE}") for name in reader.names),
+        unused=tuple(unused_tensors(model, reader.names)),
     )

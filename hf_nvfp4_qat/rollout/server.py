@@ -11,25 +11,30 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from hf_nvfp4_qat.checkpoint.names import activations_of
+from hf_nvfp4_qat.checkpoint.stream import is_tied, wrong_tied_settings
 from hf_nvfp4_qat.rollout.stream import TensorLayout
 
 # Sizes by which two models of one family differ.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
-def start_command(model: str, config: dict[str, Any], base_url: str) -> str:
+def start_command(
+    model: str, config: dict[str, Any], base_url: str, tied_settings: dict[str, Any] | None = None
+) -> str:
     """The shell line that starts a server for these rollouts.
 
     Args:
         model: folder or hub id of the unquantized model; its weights are not loaded, the first push brings them.
         config: quantization config of the rollouts.
         base_url: where the trainer looks for it.
+        tied_settings: of the ``RolloutStream``.
     """
     url = urlsplit(base_url)
+    overrides = {"quantization_config": config, **(tied_settings or {})}
     arguments = [
         *("vllm", "serve", model),
         *("--port", str(url.port or 8000)),
-        *("--hf-overrides", json.dumps({"quantization_config": config}, separators=(",", ":"))),
+        *("--hf-overrides", json.dumps(overrides, separators=(",", ":"))),
         *("--load-format", "dummy", "--dtype", "bfloat16"),
         *("--weight-transfer-config", '{"backend":"nccl"}'),
         *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
@@ -85,6 +90,10 @@ def check_server(base_url: str, model: Any, config: dict[str, Any], *, timeout: 
         for name in _SIZES
         if name in theirs and hasattr(ours, name) and theirs[name] != getattr(ours, name)
     ]
+    for name, setting in wrong_tied_settings(model.config, is_tied(model)).items():
+        part = served_config.get(name) if isinstance(setting, dict) else served_config
+        if isinstance(part, dict) and part.get("tie_word_embeddings") != is_tied(model):
+            wrong.append(f"tie_word_embeddings {part.get('tie_word_embeddings')} (trainer: {is_tied(model)})")
     if wrong:
         raise ValueError(f"The vLLM server at {base_url} serves another model, {served}: {', '.join(wrong)}.")
 
@@ -99,7 +108,11 @@ def _served_config(info: dict[str, Any], ours: str, base_url: str) -> dict[str, 
 
     overrides = info.get("hf_overrides") if isinstance(info.get("hf_overrides"), dict) else {}
     try:
-        return {**AutoConfig.from_pretrained(info["model"]).to_dict(), **(overrides or {})}
+        served = AutoConfig.from_pretrained(info["model"]).to_dict()
+        for name, setting in (overrides or {}).items():
+            is_part = name.endswith("_config") and name != "quantization_config" and isinstance(served.get(name), dict)
+            served[name] = {**served[name], **setting} if is_part else setting
+        return served
     except (OSError, ValueError) as error:
         if info["model"] != ours:
             raise ValueError(

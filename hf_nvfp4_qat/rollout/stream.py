@@ -36,7 +36,13 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantization_config,
     to_checkpoint,
 )
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, ignored_layers, packed_sources
+from hf_nvfp4_qat.checkpoint.stream import (
+    TensorSource,
+    ignored_layers,
+    is_tied,
+    packed_sources,
+    wrong_tied_settings,
+)
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -80,6 +86,7 @@ class RolloutStream:
         experts: name of each quantized fused weight to its parts in a checkpoint.
         is_stacked: whether each of these comes in one piece.
         quantizes_input: whether inputs are NVFP4 too (W4A4).
+        tied_settings: settings of config.json that the model has outgrown: embeddings that it says are tied.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -105,6 +112,7 @@ class RolloutStream:
         self.quantizes_input = packed[0].input_amax is not None
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
         self.ignored_layers = ignored_layers(model, sources)
+        self.tied_settings = wrong_tied_settings(model.config, is_tied(model)) if hasattr(model, "config") else {}
         # What takes all processes and is still to come, in the order that is the same on all of them.
         self._gathers: Iterator[Callable[[], Any]] = iter(())
         self._gathered: dict[str, NVFP4Tensor] = {}

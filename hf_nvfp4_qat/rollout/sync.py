@@ -206,7 +206,7 @@ def engine_arguments(model: nn.Module) -> dict[str, Any]:
 def engine_arguments_of(stream: RolloutStream) -> dict[str, Any]:
     """``engine_arguments`` of the model that `stream` is of."""
     return {
-        "hf_overrides": {"quantization_config": stream.quantization_config},
+        "hf_overrides": {"quantization_config": stream.quantization_config, **stream.tied_settings},
         "load_format": register_empty_loader(),
         # What weights decode to, exactly.
         "dtype": "bfloat16",

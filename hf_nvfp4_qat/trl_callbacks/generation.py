@@ -194,7 +194,7 @@ class NVFP4Generation:
         private(trl, "_weight_metadata")  # raises now what would raise later
         config = stream.quantization_config
         base_url = trl.server_base_url or f"http://{trl.server_host}:{trl.server_port}"
-        command = start_command(trl.model.name_or_path, config, base_url)
+        command = start_command(trl.model.name_or_path, config, base_url, stream.tied_settings)
         check_alignment(stream.layout)
         if trl.accelerator.is_main_process:
             with with_start_command(command):

@@ -220,6 +220,22 @@ def tied_head(path: Path) -> None:
     packed_instead("lm_head")(path)
 
 
+def another_head(path: Path) -> None:
+    changed(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2}))(path)
+
+
+def overlapping(path: Path) -> None:
+    """vLLM takes the first group of the file, Transformers the first by its letters."""
+
+    def change(content: dict) -> None:
+        first = content["quantization_config"]["config_groups"]["group_0"]
+        second = {**first, "targets": ["re:.*mlp.*"], "input_activations": {**NVFP4, "dynamic": "local"}}
+        first["targets"] = ["re:.*proj$"]
+        content["quantization_config"]["config_groups"]["group_1"] = second
+
+    edited("config.json", change)(path)
+
+
 def in_two_files(path: Path) -> None:
     weight_map = json.loads((path / INDEX).read_text())["weight_map"]
     other = next(file for file in weight_map.values() if file != weight_map["model.norm.weight"])
@@ -257,6 +273,9 @@ subnormal = tensor(f"{DOWN}.weight_scale", with_byte(0, 3))
 
 # Name: (healthy checkpoint, damage, rule, where, whether it can be mended).
 FAULTS: dict[str, tuple[str, Damage, str, str, bool]] = {
+    "a head that is another than the embedding": ("ours", another_head, "another-head", "lm_head.weight", False),
+    "a tied head that is not ignored": ("ours", quantization(ignore=[]), "ignore-mismatch", "lm_head", True),
+    "groups that overlap": ("ours", overlapping, "overlapping-targets", UP, False),
     "a truncated file": ("ours", lambda p: os.truncate(p / SINGLE, 20_000), "unreadable-file", SINGLE, False),
     "a pointer to a file": (
         "ours", written(SINGLE, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
@@ -564,10 +583,101 @@ def test_each_fault_is_found_and_mended_or_left_alone(base, damage, rule, where,
 
 
 def test_every_rule_that_is_no_note_has_a_planted_fault():
-    elsewhere = {"unfinished-repair", "tensor-parallel", "unquantized-in-vllm", "vllm-name"}  # see test_families.py
+    elsewhere = {"unfinished-repair", "tensor-parallel", "plain-loading"}
+    elsewhere |= {"unquantized-in-vllm", "vllm-name"}  # see test_families.py
     planted = {rule for _, _, rule, _, _ in FAULTS.values()} | elsewhere
     assert {rule for rule, known in RULES.items() if known.severity != "note"} == planted
     assert all(known.severity in SEVERITIES and set(known.engines) <= set(ENGINES) for known in RULES.values())
+
+
+def rules_of(path: Path, **options: Any) -> set[str]:
+    return {finding.rule for finding in examine(path, **options).findings if finding.severity != "note"}
+
+
+@pytest.mark.parametrize("damage", [lambda p: os.truncate(p / SINGLE, 20_000), written(SINGLE, b"\x80\x04pickle")])
+@pytest.mark.parametrize("base", ["ours", "modelopt", "W4A4"])
+def test_a_file_that_cannot_be_read_is_one_fault_and_its_tensors_are_not_missed(base, damage, healthy, tmp_path):
+    path = copy_of(healthy, base, tmp_path / "copy")
+    damage(path)
+    assert rules_of(path) == {"unreadable-file"}
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_damaged_or_lost_shard_is_one_fault_and_a_tensor_missing_elsewhere_another(number, healthy, tmp_path):
+    path = copy_of(healthy, "shards", tmp_path / "copy")
+    shard = sorted(path.glob("*.safetensors"))[number]
+    os.truncate(shard, 1_000)
+    assert rules_of(path) == {"unreadable-file"}
+    shard.unlink()
+    assert rules_of(path) == {"missing-shard"}
+    file_of = json.loads((path / INDEX).read_text())["weight_map"]
+    hidden = {name.rpartition(".")[0] for name, file in file_of.items() if file == shard.name}
+    lost = next(name for name in file_of if name.endswith(".weight_scale") and name.rpartition(".")[0] not in hidden)
+    other = path / file_of[lost]
+    tensors = load_file(other)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, other, metadata={"format": "pt"})
+    remapped(lambda weight_map: weight_map.pop(lost))(path)
+    assert rules_of(path) == {"missing-shard", "missing-parts"}
+
+
+def test_rows_of_zeros_are_a_note_of_their_layer(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    zeros = {f"{UP}.weight_packed": 0, f"{UP}.weight_scale": 0}
+    changed(lambda t: [t[name].view(torch.uint8)[5:8].fill_(value) for name, value in zeros.items()])(path)
+    finding = next(finding for finding in examine(path).findings if finding.rule == "zero-rows")
+    assert (finding.where, finding.message, finding.severity) == (UP, "3 rows decode to nothing but zeros", "note")
+    assert not any(finding.rule == "zero-rows" for finding in examine(healthy["ours"]).findings)
+
+
+def test_groups_that_overlap_are_said_where_formats_are_mixed(healthy, tmp_path):
+    path = copy_of(healthy, "ours", tmp_path / "copy")
+    fp8 = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    changed(lambda t: in_fp8(t, DOWN))(path)
+
+    def mix(targets: list[str], order: int) -> None:
+        group = json.loads((healthy["ours"] / "config.json").read_text())["quantization_config"]["config_groups"]
+        nvfp4 = {**group["group_0"], "targets": targets}
+        other = {"targets": [f"re:.*{DOWN[6:]}$"], "weights": fp8, "input_activations": None}
+        groups = {"nvfp4": nvfp4, "fp8": other} if order else {"fp8": other, "nvfp4": nvfp4}
+        quantization(format="mixed-precision", config_groups=groups)(path)
+
+    mix(["re:.*_proj$"], 0)  # sorts before "re:.*layers"
+    assert rules_of(path) == {"overlapping-targets"}
+    assert finding_of(examine(path), "overlapping-targets", DOWN).message.startswith("vLLM takes it for one of `fp8`")
+    mix(["re:.*proj$"], 0)
+    assert not rules_of(path)
+    mix(["re:.*proj$"], 1)
+    assert rules_of(path) == {"overlapping-targets"}
+    mix(["re:.*_proj$"], 1)
+    assert rules_of(path) == {"overlapping-targets"}
+    assert "engines take it for one of `nvfp4`" in finding_of(examine(path), "overlapping-targets", DOWN).message
+    mix(["re:.*(?<!down)_proj$", "re:.*1[.]mlp[.]down_proj$"], 1)
+    assert not rules_of(path)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("nanochat", {}),
+        ("zamba2", dict(
+            mamba_d_state=16, mamba_headdim=16, mamba_ngroups=1, num_hidden_layers=4, n_mamba_heads=8, mamba_expand=2,
+            layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], use_mamba_kernels=False,
+            attention_hidden_size=128, hybrid_layer_ids=[1, 3], num_mem_blocks=1,
+        )),
+    ],
+)  # fmt: skip
+def test_models_that_plain_transformers_cannot_build_packed_are_named(family, changes, tmp_path):
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.CONFIG_MAPPING[family](**{**SIZES, **ids, **changes})
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    quantize_checkpoint(tmp_path / "source", tmp_path / "packed")
+    (finding, *_) = (found for found in examine(tmp_path / "packed").findings if found.rule == "plain-loading")
+    assert finding.severity == "warning" and finding.engines == ("transformers",)
+    assert not examine(tmp_path / "packed", engine="transformers").ok
+    assert examine(tmp_path / "packed", engine="vllm").ok
+    with pytest.raises(AttributeError, match="weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert not load_nvfp4(tmp_path / "packed").nvfp4_requantization.moved
 
 
 def test_a_mended_checkpoint_gives_the_logits_it_gave_where_each_layer_has_its_own_scale(healthy, tmp_path):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
-from conftest import tiny_qwen3, tokens
+from conftest import tiny_moe, tiny_qwen3, tokens
 from processes import in_processes
 from sharding import exact_sums, largest_difference, spread
 from torch.distributed.fsdp import fully_shard
@@ -48,6 +48,20 @@ def test_measured_inputs_and_efficient_loading_are_refused_together():
     with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: false"):
         plugin.set_auto_wrap_policy(model)
     NVFP4FSDPPlugin(fsdp_version=2, cpu_ram_efficient_loading=False).set_auto_wrap_policy(model)
+
+
+def test_any_persistent_buffer_is_refused_with_efficient_loading_and_a_model_without_is_not(monkeypatch):
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # Accelerate sets it, for Transformers
+    plugin = NVFP4FSDPPlugin(fsdp_version=2, cpu_ram_efficient_loading=True)
+    plugin.set_auto_wrap_policy(prepare_qat(tiny_qwen3()))
+    message = "Glm4MoeForCausalLM has 1 of these, the first model.layers.1.mlp.gate.e_score_correction_bias"
+    with_bias = prepare_qat(tiny_moe("glm4_moe"))
+    with pytest.raises(ValueError, match=message):
+        plugin.set_auto_wrap_policy(with_bias)
+    plugin.fsdp_version = 1  # which broadcasts the module's own buffers
+    plugin.set_auto_wrap_policy(with_bias)
+    with pytest.raises(ValueError, match="has 14 of these, the first model.layers.0.self_attn.q_proj.input_amax"):
+        plugin.set_auto_wrap_policy(prepare_qat(tiny_qwen3(), NVFP4QATConfig(activations="nvfp4")))
 
 
 @contextmanager

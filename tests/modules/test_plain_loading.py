@@ -52,7 +52,7 @@ def test_training_warns_the_doctor_says_so_and_plain_transformers_does_fail(
         assert not of_this_package(caplog) and not found and not errors
         return
     assert "Plain Transformers cannot load the packed checkpoint" in caplog.text and reason in caplog.text
-    assert {f.severity for f in found} == {"note"} and {f.severity for f in errors} == {"error"}
+    assert {f.severity for f in found} == {"warning"} and {f.severity for f in errors} == {"error"}
     assert any(reason in f.message for f in errors) and not examine(tmp_path, engine="transformers").ok
     assert examine(tmp_path, engine="vllm").ok or model_type == "zamba"
     with pytest.raises(AttributeError, match="weight"):

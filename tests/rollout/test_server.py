@@ -110,6 +110,22 @@ def test_the_start_command_survives_a_shell(model):
     assert options["--logprobs-mode"] == "processed_logprobs"
 
 
+def test_a_server_that_ties_a_head_of_its_own_is_refused_and_the_command_unties_it(folder):
+    model = load_qat(folder)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert model.config.tie_word_embeddings
+    stream = RolloutStream(model)
+    command = start_command(str(folder), stream.quantization_config, "http://localhost", stream.tied_settings)
+    overrides = json.loads(shlex.split(command)[shlex.split(command).index("--hf-overrides") + 1])
+    assert overrides == {"quantization_config": stream.quantization_config, "tie_word_embeddings": False}
+    answer = dict(model=str(folder), quantization="compressed-tensors")
+    with answering(200, **answer, hf_overrides=overrides) as url:
+        check_server(url, model, stream.quantization_config, timeout=0)
+    with answering(200, **answer, hf_overrides={**overrides, "tie_word_embeddings": True}) as url:
+        with pytest.raises(ValueError, match=r"serves another model, .*: tie_word_embeddings True \(trainer: False\)"):
+            check_server(url, model, stream.quantization_config, timeout=0)
+
+
 def test_a_missing_server_is_named_with_the_command_that_starts_it(model):
     url = f"http://127.0.0.1:{free_port()}"
     command = start_command(model.name_or_path, rollout_config(model), url)
