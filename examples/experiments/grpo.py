@@ -23,7 +23,6 @@ import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Annotated
 
 import torch
@@ -199,7 +198,7 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
         for layer in model.modules():
             if isinstance(layer, QATLinear):
                 # What one gets from quantizing the rollouts alone: the trainer computes with other weights.
-                layer.forward = MethodType(torch.nn.Linear.forward, layer)
+                layer.weight_is_fake_quantized = True
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     divergence = distil(model, tokenizer, settings, seed, output) if options.get("distil") else {}
     trainer = GRPOTrainer(

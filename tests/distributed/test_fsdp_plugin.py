@@ -278,7 +278,7 @@ def test_processes_save_together_and_fail_together():
     for found in (first, second):
         assert found["together"] == (True, 14, True) and found["untouched"] and found["nothing"]
         assert "cannot be packed" in found["infinite"]
-    assert first["failed"] == "disk full" and "process 0 failed with OSError: disk full" in second["failed"]
+    assert first["failed"] == "disk full" and "It is process 0: OSError: disk full" in second["failed"]
 
 
 def _masters(rank: int) -> dict:
