@@ -92,7 +92,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "gemma3n_text",
         {
             **GEMMA, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 128,
-            "sliding_window": 32, "tie_word_embeddings": True, "hidden_size_per_layer_input": 64,
+            "sliding_window": 32, "tie_word_embeddings": True, "hidden_size_per_layer_input": 96,
         },
     ),
 }  # fmt: skip
