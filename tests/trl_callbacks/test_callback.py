@@ -461,7 +461,7 @@ class OwnWay(Trainer):
 
 
 def test_a_trainer_that_generates_in_another_way_is_an_error_however_generation_comes(folder, tmp_path):
-    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=not ON_GPU, disable_tqdm=True)
     arguments.use_vllm = True
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}] * 8
     trainer = OwnWay(load_qat(folder), arguments, train_dataset=rows, eval_dataset=rows, callbacks=[rollouts()])
