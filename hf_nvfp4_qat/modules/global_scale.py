@@ -9,7 +9,8 @@ are compared with it, and written, at three moments:
     before each forward         QATLinear asks whether its fused group changed: in-place edits, assignment,
                                 load_state_dict, an optimizer that steps copies of the weights (ZeRO, FSDP1)
     saving and pushing          refresh everything first, which also covers edits through `.data`,
-                                the one kind of write that leaves no trace
+                                the one kind of write that leaves no trace. So does each forward in evaluation of a
+                                model that no optimizer trains: references and averages are written in that way
 
 Under torch.compile the question before the forward is not traced; the two hooks (optimizer, load_state_dict) remain.
 
@@ -36,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from hf_nvfp4_qat.modules.weight_clock import Sight, WeightClock
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
 from hf_nvfp4_qat.numerics.quantize import global_decode_scale_of_amax
-from hf_nvfp4_qat.sharding.parts import maximum_over_group, maximum_over_mesh, mesh_of, own_part, own_slice
+from hf_nvfp4_qat.sharding.parts import is_sharded, maximum_over_group, maximum_over_mesh, mesh_of, own_part, own_slice
 
 logger = logging.getLogger(__name__)
 
@@ -196,14 +197,26 @@ class GlobalScales:
                     self.clock.look(member.sight, weight.weight)
                     member.refreshed, member.scale = self.clock.epoch, ref(scale)
 
-    def after_step(self, owned: dict[int, Any], *, may_be_copies: bool) -> None:
+    def refresh_untrained(self) -> None:
+        """Refresh everything if no optimizer trains the model, in one pass, but for what takes all processes."""
+        if self.clock.is_trained:
+            return
+        names = [
+            name
+            for name, members in self._groups.items()
+            if all(_is_whole(weight.weight) for weight in members)
+        ]
+        self._refresh(names)
+
+    def after_step(self, optimizer: torch.optim.Optimizer, owned: dict[int, Any], *, may_be_copies: bool) -> None:
         """An optimizer has made a step: refresh the scales of the weights it owns.
 
         Args:
+            optimizer: it.
             owned: its tensors by id.
             may_be_copies: whether some of them belong to no model here, and so may be copies of weights.
         """
-        if not self.clock.stepped(owned, may_be_copies=may_be_copies):
+        if not self.clock.stepped(optimizer, owned, may_be_copies=may_be_copies):
             return
         epoch = self.clock.epoch
         stepped = [
@@ -263,6 +276,23 @@ class GlobalScales:
             )
 
 
+def _is_whole(weight: Any) -> bool:
+    """Whether a weight is neither a DTensor, nor partitioned by ZeRO-3, nor one of FSDP1's flat parts."""
+    return not is_sharded(weight) and not hasattr(weight, "ds_id") and weight.ndim > 1
+
+
+class RefreshInEvaluation:
+    """A forward pre-hook of a model: in evaluation, the scales of one that no optimizer trains are refreshed."""
+
+    def __init__(self, scales: GlobalScales) -> None:
+        self._scales = scales  # not the model: that would be a cycle
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Before the model's forward."""
+        if not model.training and not torch.compiler.is_compiling():
+            self._scales.refresh_untrained()
+
+
 def scales_of(weights: Iterable[QATWeight]) -> list[GlobalScales]:
     """The scale groups of some weights, in the order in which they were made: one for each model prepared."""
     found = dict.fromkeys(weight.global_scales for weight in weights)
@@ -285,7 +315,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
     live = sorted(_live, key=lambda scales: scales.clock.number)  # a set of weak references has an order of its own
     may_be_copies = _owns_strangers(optimizer, owned, [scales.clock for scales in live])
     for scales in live:
-        scales.after_step(owned, may_be_copies=may_be_copies)
+        scales.after_step(optimizer, owned, may_be_copies=may_be_copies)
 
 
 def _owns_strangers(optimizer: torch.optim.Optimizer, owned: dict[int, Any], clocks: list[WeightClock]) -> bool:

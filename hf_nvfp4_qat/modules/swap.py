@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_nvfp4_qat.modules.experts import QATExperts, adopt_experts, why_not_trainable
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight, scales_of
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight, RefreshInEvaluation, scales_of
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
 from hf_nvfp4_qat.modules.past_forward import watch_first_forward
 from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
@@ -203,6 +203,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
     for name in selected_experts:
         adopt_experts(model.get_submodule(name), name=name, global_scales=global_scales, scale_rule=recipe.scale_rule)
     watch_first_forward(model)
+    model.register_forward_pre_hook(RefreshInEvaluation(global_scales))
     # Plain data, so that deepcopy and pickle carry it along.
     excluded: Any = {**bare_routers(model), **reasons}
     model.nvfp4_excluded = excluded

@@ -13,7 +13,8 @@ address or version. What a clock notices:
     assignment, `.data = x`  identity and address
     explicit                 ``tick``, called by ``refresh_global_scales``
 
-An in-place write through `.data` outside an optimizer's step leaves no trace, so it is not noticed.
+An in-place write through `.data` outside an optimizer's step leaves no trace, so it is not noticed. A model that no
+optimizer trains may be written so all the time, as references and averages are: ``is_trained`` tells.
 
 Sharded tensors are compared by what all processes see alike, the DTensor's own identity and version, because a change
 makes all of them meet in a collective. Writes into the local part alone count for the epoch, but not for ``look``.
@@ -79,6 +80,7 @@ class WeightClock:
         self.epoch = 0
         self._root: Any = _nothing if root is None else ref(root)
         self._sights: WeakKeyDictionary[nn.Module, dict[str, Sight]] = WeakKeyDictionary()
+        self._optimizer: Any = _nothing
         # Unsharded weights may have changed then without a trace.
         self._traceless = 0
         self._parameters: dict[int, ref] = {}
@@ -125,11 +127,17 @@ class WeightClock:
         """Something may have changed."""
         self.epoch += 1
 
-    def stepped(self, owned: Mapping[int, Any], *, may_be_copies: bool) -> bool:
+    @property
+    def is_trained(self) -> bool:
+        """Whether an optimizer that has stepped one of the tensors still lives."""
+        return self._optimizer() is not None
+
+    def stepped(self, optimizer: Any, owned: Mapping[int, Any], *, may_be_copies: bool) -> bool:
         """An optimizer has made a step.
 
         Args:
-            owned: the optimizer's tensors by id.
+            optimizer: it.
+            owned: its tensors by id.
             may_be_copies: whether some of them belong to no model that has a clock.
 
         Returns:
@@ -146,6 +154,8 @@ class WeightClock:
             self.tick()
         if is_copied:
             self._traceless = self.epoch
+        if written or is_copied:
+            self._optimizer = ref(optimizer)
         for sight, tensor in written:
             self._see(sight, tensor)
         return bool(written)

@@ -87,7 +87,7 @@ def everything() -> tuple[list[str], list[str]]:
 
 @pytest.mark.slow
 def test_what_is_quantized_is_what_was_read_and_nothing_else_than_a_language_model():
-    # In a process of its own: an engine of vLLM replaces classes and configurations of Transformers in the whole process.
+    # In a process of its own: an engine of vLLM replaces classes and configurations of Transformers.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     command = [sys.executable, __file__, "--print"]
     printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout

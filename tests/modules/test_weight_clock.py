@@ -329,3 +329,28 @@ def test_processes_that_train_together_share_the_largest_inputs():
         (own, shared), (others, also_shared) = first[wrap], second[wrap]
         assert own != others, wrap
         assert shared == also_shared == [max(pair) for pair in zip(own, others, strict=True)], wrap
+
+
+def test_a_model_that_no_optimizer_trains_follows_writes_through_data(qat_model):
+    """As TRL moves a reference toward the policy, and others an average: nothing counts these writes."""
+    reference = copy.deepcopy(qat_model).eval()
+    for model in (reference, copy.deepcopy(reference)):
+        for times in (1000, 0.001):
+            for weight in model.parameters():
+                weight.data.mul_(times)
+            moved = model(input_ids=tokens()).logits
+            refresh_global_scales(model)
+            assert torch.equal(model(input_ids=tokens()).logits, moved)
+
+
+def test_a_model_in_training_is_not_refreshed_at_every_forward_of_an_evaluation(qat_model, monkeypatch):
+    optimizer = torch.optim.SGD(qat_model.parameters(), lr=0.1)
+    take_step(qat_model.train(), optimizer)
+    scales = next(iter(qat_modules(qat_model).values())).global_scales
+    refreshed = []
+    monkeypatch.setattr(scales, "_refresh", refreshed.append)
+    qat_model.eval()(input_ids=tokens())
+    assert not refreshed
+    del optimizer
+    qat_model(input_ids=tokens())
+    assert len(refreshed) == 1
