@@ -34,7 +34,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_nvfp4_qat.modules.weight_clock import Sight, WeightClock
+from hf_nvfp4_qat.modules.weight_clock import Sight, WeightClock, held
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
 from hf_nvfp4_qat.numerics.quantize import global_decode_scale_of_amax
 from hf_nvfp4_qat.sharding.parts import is_sharded, maximum_over_group, maximum_over_mesh, mesh_of, own_part, own_slice
@@ -202,9 +202,7 @@ class GlobalScales:
         if self.clock.is_trained:
             return
         names = [
-            name
-            for name, members in self._groups.items()
-            if all(_is_whole(weight.weight) for weight in members)
+            name for name, members in self._groups.items() if all(_is_whole(held(*weight.place)) for weight in members)
         ]
         self._refresh(names)
 
@@ -278,7 +276,7 @@ class GlobalScales:
 
 def _is_whole(weight: Any) -> bool:
     """Whether a weight is neither a DTensor, nor partitioned by ZeRO-3, nor one of FSDP1's flat parts."""
-    return not is_sharded(weight) and not hasattr(weight, "ds_id") and weight.ndim > 1
+    return weight is not None and not is_sharded(weight) and not hasattr(weight, "ds_id") and weight.ndim > 1
 
 
 class RefreshInEvaluation:

@@ -144,7 +144,7 @@ class WeightClock:
             Whether a tensor that was looked at is among them.
         """
         held = [
-            (sight, sight.current(_held(module, name)), name in module._parameters)
+            (sight, sight.current(held(module, name)), name in module._parameters)
             for module, by_name in self._sights.items()
             for name, sight in by_name.items()
         ]
@@ -194,7 +194,7 @@ def _was_moved(tensor: Any, stamp: tuple[int, int]) -> bool:
     return hasattr(tensor, "ds_id") and version_of(tensor) == stamp[0]
 
 
-def _held(module: nn.Module, name: str) -> Any:
+def held(module: nn.Module, name: str) -> Any:
     """What a module has under a name; past ``getattr``, by which ZeRO-3 gathers a weight, in all processes at once."""
     for tensors in (module._parameters, module._buffers, vars(module)):
         if name in tensors:
