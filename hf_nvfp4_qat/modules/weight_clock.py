@@ -143,13 +143,13 @@ class WeightClock:
         Returns:
             Whether a tensor that was looked at is among them.
         """
-        held = [
+        shown = [
             (sight, sight.current(held(module, name)), name in module._parameters)
             for module, by_name in self._sights.items()
             for name, sight in by_name.items()
         ]
-        written = [(sight, tensor) for sight, tensor, _ in held if id(tensor) in owned]
-        is_copied = may_be_copies and any(is_weight and not is_sharded(tensor) for _, tensor, is_weight in held)
+        written = [(sight, tensor) for sight, tensor, _ in shown if id(tensor) in owned]
+        is_copied = may_be_copies and any(is_weight and not is_sharded(tensor) for _, tensor, is_weight in shown)
         if written or is_copied or self.known(owned):
             self.tick()
         if is_copied:
