@@ -17,7 +17,6 @@ from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_chec
 from hf_nvfp4_qat.checkpoint.doctor import examine
 from hf_nvfp4_qat.cli import app
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import engine_arguments
 
 SINGLE = "model.safetensors"
 LINEAR_ATTENTION = dict(
@@ -297,10 +296,9 @@ def test_a_head_of_its_own_is_never_said_to_be_tied(make, auto, tmp_path):
     for name in ("saved", "packed"):
         assert tied_settings(tmp_path / name) == (False, False if is_composite else None)
         assert any(tensor.endswith("lm_head.weight") for tensor in load_file(tmp_path / name / SINGLE))
-    overrides = engine_arguments(model)["hf_overrides"]
-    assert overrides.pop("quantization_config")
     expected = {"tie_word_embeddings": False}
-    assert overrides == (expected | ({"text_config": expected} if is_composite else {}))
+    settings = RolloutStream(model).tied_settings  # which go into the engine's config
+    assert settings == (expected | ({"text_config": expected} if is_composite else {}))
 
 
 def test_a_head_that_is_tied_stays_tied_in_config_and_engine(tmp_path):
@@ -311,7 +309,7 @@ def test_a_head_that_is_tied_stays_tied_in_config_and_engine(tmp_path):
     quantize_checkpoint(source, tmp_path / "packed")
     quantize_checkpoint(rewritten(source, lambda tensors: tensors.update(copy_of_head)), tmp_path / "twice")
     assert {tied_settings(tmp_path / name) for name in ("saved", "packed", "twice")} == {(True, None)}
-    assert engine_arguments(model)["hf_overrides"].keys() == {"quantization_config"}
+    assert not RolloutStream(model).tied_settings
     notes = [finding for finding in examine(tmp_path / "twice").findings if finding.rule == "skipped-tensor"]
     assert [finding.where for finding in notes] == ["lm_head.weight"] and examine(tmp_path / "twice").ok
 
