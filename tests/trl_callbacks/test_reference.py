@@ -30,9 +30,10 @@ def test_a_reference_that_follows_the_policy_computes_with_the_scales_of_its_wei
         assert torch.equal(followed, reference(input_ids=tokens()).logits)
 
 
-def test_a_reference_that_stays_as_it_is_is_not_measured_again(qwen3_dir, tmp_path):
+def test_the_callback_adds_no_measuring_for_a_reference_that_it_does_not_move(qwen3_dir, tmp_path):
     reference = load_qat(qwen3_dir).eval()
+    before = dict(reference._forward_pre_hooks)
     args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
     trainer = SimpleNamespace(ref_model=reference, args=args)
     NVFP4RolloutCallback(quantize_ref_model=True)._quantize_ref_model(trainer, load_qat(qwen3_dir))
-    assert not reference._forward_pre_hooks
+    assert dict(reference._forward_pre_hooks) == before
