@@ -38,3 +38,12 @@ def in_processes(function: Callable[[int], Any], num_processes: int = 2, *, on_g
         arguments = (function, store.name + ".store", num_processes, on_gpus, results)
         mp.spawn(_enter, args=arguments, nprocs=num_processes)
         return [results[rank] for rank in range(num_processes)]
+
+
+def raised(function: Callable[[], Any]) -> str:
+    """The type and message of the error that `function` raises, or "nothing": text, which travels between processes."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama
-from processes import in_processes
+from processes import in_processes, raised
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -17,14 +17,6 @@ from hf_nvfp4_qat import prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.distributed import gather
 from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all, sharding_groups
 from hf_nvfp4_qat.sharding import packed as packed_module
-
-
-def raised(function) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def in_turn(name, failing_call: int, function):

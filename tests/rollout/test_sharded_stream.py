@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama, tiny_qwen3_moe, tokens
-from processes import in_processes
+from processes import in_processes, raised
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -99,14 +99,6 @@ def failing_at(owner, name, failing_call):
         yield
     finally:
         setattr(owner, name, original)
-
-
-def raised(function) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 def sharded_model():
