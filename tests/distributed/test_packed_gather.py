@@ -112,7 +112,7 @@ def compare(
             module.reshard()
     expected = [
         fake_quantize_nvfp4(
-            whole(weight.weight).detach(), global_decode_scale=weight.global_decode_scale, scale_rule=recipe.scale_rule
+            whole(weight.master).detach(), global_decode_scale=weight.global_decode_scale, scale_rule=recipe.scale_rule
         ).to(dtype)
         for weight in qat_weights(model).values()
     ]
