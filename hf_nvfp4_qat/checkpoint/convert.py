@@ -17,40 +17,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import (
-    CARD_FILE,
-    CONFIG_FILE,
-    HF_QUANT_CONFIG,
-    INDEX_FILE,
-    CheckpointReader,
-    StagedFiles,
-    files_beside_weights,
-    resolve_checkpoint,
-    staged_files,
-)
-from hf_nvfp4_qat.checkpoint.findings import printable
 from hf_nvfp4_qat.checkpoint.load import (
     check_holds_no_codes,
     check_nothing_missing,
     check_packed,
     check_unquantized,
-)
-from hf_nvfp4_qat.checkpoint.modelopt import (
-    ModelOptReader,
-    from_modelopt,
-    modelopt_config_files,
-    open_checkpoint,
-    to_modelopt,
-    unpacked_layers,
-    unpacked_matrices,
-)
-from hf_nvfp4_qat.checkpoint.names import (
-    PACKED,
-    SERVED_DTYPE,
-    from_checkpoint,
-    layer_of,
-    packed_tensors,
-    quantized_layers,
 )
 from hf_nvfp4_qat.checkpoint.save import (
     DEFAULT_SHARD_SIZE,
@@ -62,6 +33,35 @@ from hf_nvfp4_qat.checkpoint.save import (
 )
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, missing_tensors, skeleton
 from hf_nvfp4_qat.checkpoint.stream import TensorSource, served_dtype, shared_scales
+from hf_nvfp4_qat.formats.files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    HF_QUANT_CONFIG,
+    INDEX_FILE,
+    CheckpointReader,
+    StagedFiles,
+    files_beside_weights,
+    printable,
+    resolve_checkpoint,
+    staged_files,
+)
+from hf_nvfp4_qat.formats.modelopt import (
+    ModelOptReader,
+    from_modelopt,
+    modelopt_config_files,
+    open_checkpoint,
+    to_modelopt,
+    unpacked_layers,
+    unpacked_matrices,
+)
+from hf_nvfp4_qat.formats.names import (
+    PACKED,
+    SERVED_DTYPE,
+    from_checkpoint,
+    layer_of,
+    packed_tensors,
+    quantized_layers,
+)
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, ignored_in_vllm, layer_of, to_checkpoint
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
 from hf_nvfp4_qat.distributed.gather import reshard
+from hf_nvfp4_qat.formats.names import SERVED_DTYPE, checkpoint_layout, ignored_in_vllm, layer_of, to_checkpoint
 from hf_nvfp4_qat.modules.calibration import check_calibrated
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.global_scale import scales_of

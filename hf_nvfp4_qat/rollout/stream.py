@@ -28,20 +28,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import (
-    GLOBAL_ENCODE_SCALE,
-    INPUT_GLOBAL_SCALE,
-    checkpoint_layout,
-    layer_of,
-    quantization_config,
-    to_checkpoint,
-)
 from hf_nvfp4_qat.checkpoint.stream import (
     TensorSource,
     ignored_layers,
     is_tied,
     packed_sources,
     wrong_tied_settings,
+)
+from hf_nvfp4_qat.formats.names import (
+    GLOBAL_ENCODE_SCALE,
+    INPUT_GLOBAL_SCALE,
+    checkpoint_layout,
+    layer_of,
+    quantization_config,
+    to_checkpoint,
 )
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked

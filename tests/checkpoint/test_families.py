@@ -9,9 +9,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from hf_nvfp4_qat import NVFP4QATConfig, quantize_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.doctor import examine
-from hf_nvfp4_qat.checkpoint.names import ignored_in_vllm, to_checkpoint
-from hf_nvfp4_qat.checkpoint.repair import repair
+from hf_nvfp4_qat.doctor.examine import examine
+from hf_nvfp4_qat.doctor.repair import repair
+from hf_nvfp4_qat.formats.names import ignored_in_vllm, to_checkpoint
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {

@@ -8,7 +8,7 @@ from conftest import SIZES, tiny_qwen3
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from hf_nvfp4_qat import prepare_qat
-from hf_nvfp4_qat.checkpoint.doctor import examine
+from hf_nvfp4_qat.doctor.examine import examine
 from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
 
 ZAMBA = dict(

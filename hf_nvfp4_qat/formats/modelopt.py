@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader, read_json_object
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader, read_json_object
+from hf_nvfp4_qat.formats.names import (
     BLOCK_SCALE,
     EMBEDDINGS,
     GLOBAL_ENCODE_SCALE,
@@ -36,8 +36,8 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantization_config,
     scale_rule_of,
 )
-from hf_nvfp4_qat.checkpoint.patterns import names_matching
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.modules.patterns import names_matching
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.version import __version__
 

@@ -16,13 +16,14 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from hf_nvfp4_qat.checkpoint.files import CARD_FILE, CheckpointReader, resolve_checkpoint
-from hf_nvfp4_qat.checkpoint.inspect import inspect_checkpoint
+from hf_nvfp4_qat.checkpoint.layer_report import inspect_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.formats.files import CARD_FILE, CheckpointReader, resolve_checkpoint
+from hf_nvfp4_qat.formats.modelopt import ModelOptReader, open_checkpoint
+from hf_nvfp4_qat.formats.names import (
     OF_AN_EXPERT,
     PACKED,
+    TAGS,
     activations_of,
     layer_of,
     packed_tensors,
@@ -31,7 +32,6 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.version import __version__
 
-TAGS = ("nvfp4", "4-bit", "vllm")
 _DIALECTS = ("compressed-tensors", "modelopt")
 _BEGIN, _END = "<!-- hf_nvfp4_qat: begin -->", "<!-- hf_nvfp4_qat: end -->"
 _SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)

@@ -19,14 +19,15 @@ from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, load_nvfp4, quantize_nvfp4, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.doctor import Diagnosis, examine
-from hf_nvfp4_qat.checkpoint.findings import ENGINES, RULES, SEVERITIES, fold, found, printable
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint, quantized_layers, to_checkpoint
-from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_match
-from hf_nvfp4_qat.checkpoint.repair import repair
 from hf_nvfp4_qat.checkpoint.skeleton import skeleton
 from hf_nvfp4_qat.cli import app
+from hf_nvfp4_qat.doctor.examine import Diagnosis, examine
+from hf_nvfp4_qat.doctor.findings import ENGINES, RULES, SEVERITIES, fold, found
+from hf_nvfp4_qat.doctor.repair import repair
+from hf_nvfp4_qat.formats.files import printable
+from hf_nvfp4_qat.formats.names import from_checkpoint, quantized_layers, to_checkpoint
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
+from hf_nvfp4_qat.modules.patterns import names_matching, patterns_without_match
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -773,7 +774,7 @@ def test_a_repair_killed_while_it_renames_is_finished_by_the_next(
 
 
 def test_a_repair_that_cannot_write_leaves_every_byte(healthy, tmp_path, monkeypatch):
-    from hf_nvfp4_qat.checkpoint import repair as module
+    from hf_nvfp4_qat.doctor import repair as module
 
     path = copy_of(healthy, "ours", tmp_path / "copy")
     double(path)

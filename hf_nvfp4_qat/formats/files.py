@@ -34,6 +34,7 @@ PARTIAL_SUFFIX = ".nvfp4-partial"
 _RENAMES = f"renames.json{PARTIAL_SUFFIX}"
 """Lists what an unfinished change of a checkpoint in place still has to rename."""
 
+_LONGEST_TEXT = 600
 _MAX_JSON_BYTES = 2**27
 """Of an index of 100,000 tensors, the largest such file there is, about 10 MB are in use."""
 
@@ -50,6 +51,11 @@ BESIDE_WEIGHTS = (
 What is not named here stays behind when a checkpoint is converted, published or downloaded: weights of other
 frameworks, optimizer states, logs.
 """
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
+    *("tekken.json", "tiktoken.model", "sentencepiece.bpe.model"),
+)
+"""Files of which a checkpoint with a tokenizer has one at least."""
 
 
 def files_beside_weights(directory: Path) -> tuple[list[str], list[str]]:
@@ -221,6 +227,12 @@ def finish_renaming(directory: Path) -> None:
         if (directory / partial).is_file():
             os.replace(directory / partial, directory / name)
     (directory / _RENAMES).unlink()
+
+
+def printable(text: str, *, longest: int = _LONGEST_TEXT) -> str:
+    """Text that may be a stranger's, safe for a terminal: control characters and lone surrogates escaped, and cut."""
+    text = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def is_plain_name(name: str) -> bool:

@@ -11,11 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import layers_with_nvfp4_inputs, setting
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
-from hf_nvfp4_qat.checkpoint.findings import Finding, found
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.checkpoint.skeleton import CACHE_SCALES, linear_weights
+from hf_nvfp4_qat.doctor.checks import layers_with_nvfp4_inputs, setting
+from hf_nvfp4_qat.doctor.findings import Finding, found
+from hf_nvfp4_qat.doctor.rescale import is_exact_in_bfloat16
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, FLOATING, CheckpointReader
+from hf_nvfp4_qat.formats.modelopt import ModelOptReader
+from hf_nvfp4_qat.formats.names import (
     EMBEDDINGS,
     INPUT_GLOBAL_SCALE,
     OF_AN_EXPERT,
@@ -26,10 +28,8 @@ from hf_nvfp4_qat.checkpoint.names import (
     layer_of,
     packed_tensors,
 )
-from hf_nvfp4_qat.checkpoint.patterns import names_matching
-from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
-from hf_nvfp4_qat.checkpoint.skeleton import CACHE_SCALES, linear_weights
 from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
+from hf_nvfp4_qat.modules.patterns import names_matching
 from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
 from hf_nvfp4_qat.modules.selection import (
     OUTPUT_EMBEDDING,
