@@ -10,7 +10,7 @@ import pytest
 import hf_nvfp4_qat
 
 PACKAGE = Path(hf_nvfp4_qat.__file__).parent
-ROOMS = ("numerics", "sharding", "modules", "distributed", "formats", "checkpoint")
+ROOMS = ("numerics", "sharding", "selection", "modules", "distributed", "formats", "checkpoint")
 """Each imports from those before it."""
 TRAINING = (*ROOMS, "compat", "quantizer", "distillation", "rollout", "trl_callbacks")
 JUDGING = (*ROOMS, "doctor", "hub", "distillation")

@@ -36,6 +36,7 @@ from hf_nvfp4_qat.checkpoint.stream import TensorSource, served_dtype, shared_sc
 from hf_nvfp4_qat.formats.files import (
     CARD_FILE,
     CONFIG_FILE,
+    DTYPES,
     HF_QUANT_CONFIG,
     INDEX_FILE,
     CheckpointReader,
@@ -69,12 +70,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, weights done, weights in all)."""
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def ptq_sources(
@@ -276,11 +271,11 @@ def _decode(layer: str, reader: CheckpointReader) -> torch.Tensor:
 
 def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
     stored = reader.layout(name)[0]
-    if stored not in _SAFETENSORS_DTYPES:
+    if stored not in DTYPES:
         raise ValueError(
             f"Unquantized tensors are copied in a dtype of torch; {name} is stored as {stored}. Convert it first."
         )
-    return _SAFETENSORS_DTYPES[stored]
+    return DTYPES[stored]
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:

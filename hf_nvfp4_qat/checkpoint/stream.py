@@ -19,12 +19,12 @@ from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
 from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.formats.names import SERVED_DTYPE, checkpoint_layout, ignored_in_vllm, layer_of, to_checkpoint
 from hf_nvfp4_qat.modules.calibration import check_calibrated
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.global_scale import scales_of
 from hf_nvfp4_qat.modules.linear import refuse_computed_weight
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.packed import gather_packed
 from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
 

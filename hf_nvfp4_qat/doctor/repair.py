@@ -39,7 +39,6 @@ from hf_nvfp4_qat.formats.files import (
 from hf_nvfp4_qat.formats.modelopt import ModelOptReader, legacy_settings, shift_exact_scales
 from hf_nvfp4_qat.formats.names import (
     BLOCK_SCALE,
-    EMBEDDINGS,
     GLOBAL_ENCODE_SCALE,
     PACKED,
     SERVED_DTYPE,
@@ -47,8 +46,9 @@ from hf_nvfp4_qat.formats.names import (
     layer_of,
     packed_tensors,
 )
-from hf_nvfp4_qat.modules.fused_groups import always_fused_key
-from hf_nvfp4_qat.modules.patterns import names_matching, patterns_without_match
+from hf_nvfp4_qat.selection.fused_groups import always_fused_key
+from hf_nvfp4_qat.selection.layer_names import EMBEDDINGS
+from hf_nvfp4_qat.selection.patterns import names_matching, patterns_without_match
 
 _RESCALED = ("unshared-scale", "subnormal-block-scale")
 _DECODED = ("quantized-router", "quantized-lm-head", "quantized-embedding")

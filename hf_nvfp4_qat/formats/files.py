@@ -28,8 +28,14 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 """Which ModelOpt's checkpoints have beside config.json."""
 CHAT_TEMPLATES = "additional_chat_templates"
 """A folder, where a tokenizer has several of them."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Name of a dtype in a safetensors header to the dtype."""
 FLOATING = ("F64", "F32", "F16", "BF16")
-"""Dtypes, as safetensors names them, of what is not quantized."""
+"""Those names that what is not quantized has."""
 PARTIAL_SUFFIX = ".nvfp4-partial"
 _RENAMES = f"renames.json{PARTIAL_SUFFIX}"
 """Lists what an unfinished change of a checkpoint in place still has to rename."""

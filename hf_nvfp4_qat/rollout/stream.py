@@ -43,9 +43,9 @@ from hf_nvfp4_qat.formats.names import (
     quantization_config,
     to_checkpoint,
 )
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.packed import gather_packed
 from hf_nvfp4_qat.sharding.parts import own_rows
 
