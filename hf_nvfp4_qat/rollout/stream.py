@@ -28,14 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import (
-    GLOBAL_ENCODE_SCALE,
-    INPUT_GLOBAL_SCALE,
-    checkpoint_layout,
-    layer_of,
-    quantization_config,
-    to_checkpoint,
-)
 from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, PlainSource, ShardedSource, Source
 from hf_nvfp4_qat.checkpoint.stream import (
     ignored_layers,
@@ -43,9 +35,17 @@ from hf_nvfp4_qat.checkpoint.stream import (
     packed_sources,
     wrong_tied_settings,
 )
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.formats.names import (
+    GLOBAL_ENCODE_SCALE,
+    INPUT_GLOBAL_SCALE,
+    checkpoint_layout,
+    layer_of,
+    quantization_config,
+    to_checkpoint,
+)
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.packed import gather_packed
 from hf_nvfp4_qat.sharding.parts import own_rows
 

@@ -10,7 +10,7 @@ from compressed_tensors.quantization.quant_scheme import NVFP4A16
 from compressed_tensors.quantization.utils import calculate_qparams
 
 from hf_nvfp4_qat import quantize_nvfp4
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, to_checkpoint
+from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, to_checkpoint
 
 SCHEME = QuantizationScheme(targets=["Linear"], **NVFP4A16)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from hf_nvfp4_qat.checkpoint.convert import Progress, ptq_sources
-from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
-from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint, layer_of, quantized_layers
 from hf_nvfp4_qat.checkpoint.sources import LinearSource
+from hf_nvfp4_qat.formats.files import CheckpointReader, resolve_checkpoint
+from hf_nvfp4_qat.formats.modelopt import open_checkpoint
+from hf_nvfp4_qat.formats.names import from_checkpoint, layer_of, quantized_layers
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, E4M3_MIN_NORMAL
 from hf_nvfp4_qat.numerics.quantize import quantize_nvfp4

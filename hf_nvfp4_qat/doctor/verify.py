@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import (
+from hf_nvfp4_qat.checkpoint.skeleton import CannotBuildError, skeleton
+from hf_nvfp4_qat.checkpoint.stream import packed_sources
+from hf_nvfp4_qat.doctor.checks import (
     check_architecture,
     check_config,
     check_dtype,
     check_parts,
     check_values,
 )
-from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
-from hf_nvfp4_qat.checkpoint.findings import Finding, printable
-from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
-from hf_nvfp4_qat.checkpoint.names import PACKED, quantized_layers
-from hf_nvfp4_qat.checkpoint.skeleton import CannotBuildError, skeleton
-from hf_nvfp4_qat.checkpoint.stream import packed_sources
+from hf_nvfp4_qat.doctor.findings import Finding
+from hf_nvfp4_qat.formats.files import CheckpointReader, printable, resolve_checkpoint
+from hf_nvfp4_qat.formats.modelopt import open_checkpoint
+from hf_nvfp4_qat.formats.names import PACKED, quantized_layers
 
 _NUM_SHOWN = 20
 

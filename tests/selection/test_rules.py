@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlavaCo
 
 from hf_nvfp4_qat import NVFP4QATConfig, coverage, prepare_qat
 from hf_nvfp4_qat.modules.recipe import Recipe
-from hf_nvfp4_qat.modules.selection import OUTSIDE, language_models, reason_by_name, reasons_by_rule
 from hf_nvfp4_qat.modules.swap import Coverage, fused_experts, swap_linears
+from hf_nvfp4_qat.selection.rules import OUTSIDE, language_models, reason_by_name, reasons_by_rule
 
 
 def covered(model: nn.Module) -> Coverage:

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load, load_file, save, save_file
 
 from hf_nvfp4_qat import quantize_nvfp4
-from hf_nvfp4_qat.checkpoint.doctor import examine
-from hf_nvfp4_qat.checkpoint.findings import RULES
-from hf_nvfp4_qat.checkpoint.modelopt import modelopt_config_files, to_modelopt
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint, quantization_config, quantized_layers, to_checkpoint
-from hf_nvfp4_qat.checkpoint.repair import repair
+from hf_nvfp4_qat.doctor.examine import examine
+from hf_nvfp4_qat.doctor.findings import RULES
+from hf_nvfp4_qat.doctor.repair import repair
+from hf_nvfp4_qat.formats.modelopt import modelopt_config_files, to_modelopt
+from hf_nvfp4_qat.formats.names import from_checkpoint, quantization_config, quantized_layers, to_checkpoint
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"

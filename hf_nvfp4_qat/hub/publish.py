@@ -7,8 +7,7 @@ repository changes when the commit that names them all is made.
 import logging
 import os
 import re
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +21,19 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_nvfp4_qat.checkpoint.card import Evaluation, license_of, load_card, model_card
-from hf_nvfp4_qat.checkpoint.doctor import examine
-from hf_nvfp4_qat.checkpoint.files import (
+from hf_nvfp4_qat.doctor.examine import examine
+from hf_nvfp4_qat.formats.files import (
     CARD_FILE,
     CONFIG_FILE,
     HF_QUANT_CONFIG,
     INDEX_FILE,
     SINGLE_FILE,
     files_beside_weights,
+    printable,
     read_json_object,
 )
-from hf_nvfp4_qat.checkpoint.findings import printable
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
-from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, save_nvfp4
+from hf_nvfp4_qat.formats.modelopt import ModelOptReader, open_checkpoint
+from hf_nvfp4_qat.hub.card import Evaluation, license_of, load_card, model_card
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,51 +206,3 @@ def publish_saved(
     return publish_checkpoint(
         directory, files=files, tags=[*(model.model_tags or ()), *options.pop("tags", ())], **options
     )
-
-
-class PushToHub:
-    """What ``model.push_to_hub`` of a QAT model does."""
-
-    def __init__(self, model: "PreTrainedModel", *, save_format: str, upstream: Callable[..., Any]) -> None:
-        """Bind.
-
-        Args:
-            model: whose it is.
-            save_format: "master" leaves publishing to `upstream`.
-            upstream: the model's ``push_to_hub`` without QAT.
-        """
-        self.model = model
-        self.save_format = save_format
-        self._upstream = upstream
-
-    def __call__(
-        self,
-        repo_id: str,
-        *,
-        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-        dialect: str = "compressed-tensors",
-        **options: Any,
-    ) -> CommitInfo | None:
-        """Pack the model and publish it with a model card, in one commit.
-
-        Every process that has the whole model publishes when it calls this: under DDP call it in one of them, under
-        FSDP2 in all.
-
-        Args:
-            repo_id: created if missing.
-            max_shard_size: bytes, or a string such as "5GB".
-            dialect: "compressed-tensors" or "modelopt".
-            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr` and `tags`, as
-                upstream; `base_model`, `original` and `evaluation` for the card, as for ``publish_checkpoint``.
-
-        Returns:
-            What huggingface_hub says of the commit; None in processes that do not write.
-
-        Raises:
-            ValueError: as ``save_nvfp4`` and ``publish_checkpoint``.
-        """
-        if self.save_format == "master":
-            return self._upstream(repo_id, max_shard_size=max_shard_size, **options)
-        with tempfile.TemporaryDirectory() as directory:
-            files = save_nvfp4(self.model, directory, max_shard_size=max_shard_size, dialect=dialect)
-            return publish_saved(self.model, directory, files, repo_id=repo_id, **options) if files else None

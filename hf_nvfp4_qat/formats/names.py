@@ -32,8 +32,8 @@ _SCALE_RULE = "scale_rule"
 
 QUANT_METHOD = "compressed-tensors"
 FORMAT = "nvfp4-pack-quantized"
-EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"}
-"""Local names of input embeddings."""
+TAGS = ("nvfp4", "4-bit", "vllm")
+"""Of model cards, and of models whose cards Transformers writes."""
 OF_AN_EXPERT = re.compile(r"(.+\.experts)\.([0-9]{1,6})\.(.+)", re.DOTALL)
 """A layer or tensor of one expert: the path of the experts, which one it is, and the rest."""
 SERVED_DTYPE = torch.bfloat16

@@ -28,12 +28,19 @@ HF_QUANT_CONFIG = "hf_quant_config.json"
 """Which ModelOpt's checkpoints have beside config.json."""
 CHAT_TEMPLATES = "additional_chat_templates"
 """A folder, where a tokenizer has several of them."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""Name of a dtype in a safetensors header to the dtype."""
 FLOATING = ("F64", "F32", "F16", "BF16")
-"""Dtypes, as safetensors names them, of what is not quantized."""
+"""Those names that what is not quantized has."""
 PARTIAL_SUFFIX = ".nvfp4-partial"
 _RENAMES = f"renames.json{PARTIAL_SUFFIX}"
 """Lists what an unfinished change of a checkpoint in place still has to rename."""
 
+_LONGEST_TEXT = 600
 _MAX_JSON_BYTES = 2**27
 """Of an index of 100,000 tensors, the largest such file there is, about 10 MB are in use."""
 
@@ -50,6 +57,11 @@ BESIDE_WEIGHTS = (
 What is not named here stays behind when a checkpoint is converted, published or downloaded: weights of other
 frameworks, optimizer states, logs.
 """
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
+    *("tekken.json", "tiktoken.model", "sentencepiece.bpe.model"),
+)
+"""Files of which a checkpoint with a tokenizer has one at least."""
 
 
 def files_beside_weights(directory: Path) -> tuple[list[str], list[str]]:
@@ -221,6 +233,12 @@ def finish_renaming(directory: Path) -> None:
         if (directory / partial).is_file():
             os.replace(directory / partial, directory / name)
     (directory / _RENAMES).unlink()
+
+
+def printable(text: str, *, longest: int = _LONGEST_TEXT) -> str:
+    """Text that may be a stranger's, safe for a terminal: control characters and lone surrogates escaped, and cut."""
+    text = text if len(text) <= longest else f"{text[:longest]}..."
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def is_plain_name(name: str) -> bool:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint import files as module
-from hf_nvfp4_qat.checkpoint.files import (
+from hf_nvfp4_qat.formats import files as module
+from hf_nvfp4_qat.formats.files import (
     CheckpointReader,
     StagedFiles,
     files_beside_weights,

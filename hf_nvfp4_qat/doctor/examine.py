@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import (
+from hf_nvfp4_qat.checkpoint.skeleton import CannotBuildError, skeleton
+from hf_nvfp4_qat.doctor.checks import (
     check_architecture,
     check_config,
     check_dtype,
@@ -26,8 +27,8 @@ from hf_nvfp4_qat.checkpoint.checks import (
     check_values,
     setting,
 )
-from hf_nvfp4_qat.checkpoint.contents import Contents, read_contents
-from hf_nvfp4_qat.checkpoint.engine_checks import (
+from hf_nvfp4_qat.doctor.contents import Contents, read_contents
+from hf_nvfp4_qat.doctor.engine_checks import (
     Shapes,
     check_engines,
     check_excludes,
@@ -41,22 +42,23 @@ from hf_nvfp4_qat.checkpoint.engine_checks import (
     check_tensor_parallel,
     check_unpacked_values,
 )
-from hf_nvfp4_qat.checkpoint.files import (
+from hf_nvfp4_qat.doctor.findings import ENGINES, SEVERITIES, Finding, fold, found
+from hf_nvfp4_qat.formats.files import (
     CONFIG_FILE,
     HF_QUANT_CONFIG,
     CheckpointReader,
+    printable,
     read_json_object,
     resolve_checkpoint,
 )
-from hf_nvfp4_qat.checkpoint.findings import ENGINES, SEVERITIES, Finding, fold, found, printable
-from hf_nvfp4_qat.checkpoint.modelopt import (
+from hf_nvfp4_qat.formats.modelopt import (
     ModelOptReader,
     dialect_conflict,
     has_modelopt_names,
     is_modelopt,
     legacy_settings,
 )
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.formats.names import (
     GLOBAL_ENCODE_SCALE,
     PACKED,
     activations_of,
@@ -65,7 +67,6 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantized_layers,
     scale_rule_of,
 )
-from hf_nvfp4_qat.checkpoint.skeleton import CannotBuildError, skeleton
 
 _COUNT = re.compile(r"^num|^n_|layer|expert|depth|block|label|head|stage")
 _SIZE = re.compile(r"size$|dim$|embd$|inner$|ctx$|position|token")

@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.checks import layers_with_nvfp4_inputs, setting
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
-from hf_nvfp4_qat.checkpoint.findings import Finding, found
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader
-from hf_nvfp4_qat.checkpoint.names import (
-    EMBEDDINGS,
+from hf_nvfp4_qat.checkpoint.skeleton import CACHE_SCALES, linear_weights
+from hf_nvfp4_qat.doctor.checks import layers_with_nvfp4_inputs, setting
+from hf_nvfp4_qat.doctor.findings import Finding, found
+from hf_nvfp4_qat.doctor.rescale import is_exact_in_bfloat16
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, FLOATING, CheckpointReader
+from hf_nvfp4_qat.formats.modelopt import ModelOptReader
+from hf_nvfp4_qat.formats.names import (
     INPUT_GLOBAL_SCALE,
     OF_AN_EXPERT,
     PACKED,
@@ -26,31 +27,26 @@ from hf_nvfp4_qat.checkpoint.names import (
     layer_of,
     packed_tensors,
 )
-from hf_nvfp4_qat.checkpoint.patterns import names_matching
-from hf_nvfp4_qat.checkpoint.rescale import is_exact_in_bfloat16
-from hf_nvfp4_qat.checkpoint.skeleton import CACHE_SCALES, linear_weights
-from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
-from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
-from hf_nvfp4_qat.modules.selection import (
+from hf_nvfp4_qat.modules.swap import fused_experts
+from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+from hf_nvfp4_qat.selection.fused_groups import always_fused_key, fused_group_key
+from hf_nvfp4_qat.selection.layer_names import (
+    COLUMN_PARALLEL,
+    EMBEDDINGS,
     OUTPUT_EMBEDDING,
     PART_OF_A_NORM,
     ROUTER,
+    ROW_PARALLEL,
     TOKEN_SELECTOR,
     UNQUANTIZED_IN_VLLM,
-    reason_by_name,
-    reasons_by_rule,
 )
-from hf_nvfp4_qat.modules.swap import fused_experts
-from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+from hf_nvfp4_qat.selection.patterns import names_matching
+from hf_nvfp4_qat.selection.plain_loading import why_plain_loading_fails
+from hf_nvfp4_qat.selection.rules import reason_by_name, reasons_by_rule
 
 _MAX_TARGETS = 64
 """Each is matched by itself; files with more are not compared."""
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-_ROW_PARALLEL = {"o_proj", "down_proj", "w2", "out_proj", "dense_4h_to_h", "fc2", "c_proj", "wo"}
-"""Local names of the layers whose inputs vLLM divides among GPUs; of the rest it divides outputs."""
-_COLUMN_PARALLEL = {"q_proj", "gate_proj", "up_proj", "w1", "w3", "fc1", "dense_h_to_4h"}
-"""Those of which no head count decides whether they are divided at all."""
 
 Shapes = dict[str, tuple[int, int]]
 """Packed layer to ``(N, K)``."""
@@ -331,10 +327,10 @@ def check_tensor_parallel(shapes: Shapes, config: dict[str, Any] | None, size: i
         yield found("tensor-parallel", CONFIG_FILE, message)
     for layer, (rows, columns) in shapes.items():
         local_name = layer.rpartition(".")[2]
-        if local_name in _ROW_PARALLEL and columns % (size * BLOCK_SIZE):
+        if local_name in ROW_PARALLEL and columns % (size * BLOCK_SIZE):
             message = f"its {columns} columns do not divide into {size} parts of whole blocks of {BLOCK_SIZE}"
             yield found("tensor-parallel", layer, message)
-        if local_name in _COLUMN_PARALLEL and rows % size:
+        if local_name in COLUMN_PARALLEL and rows % size:
             yield found("tensor-parallel", layer, f"its {rows} rows do not divide into {size} parts")
 
 

@@ -11,9 +11,9 @@ from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file, save_file
 
 from hf_nvfp4_qat import save_nvfp4
-from hf_nvfp4_qat.checkpoint.card import license_of, load_card, model_card
 from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.publish import _published_files
+from hf_nvfp4_qat.hub.card import license_of, load_card, model_card
+from hf_nvfp4_qat.hub.publish import _published_files
 
 
 def test_all_parameters_are_counted_biases_of_packed_layers_too(llama_dir, tmp_path):

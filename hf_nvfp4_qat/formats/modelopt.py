@@ -18,16 +18,14 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader, read_json_object
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, HF_QUANT_CONFIG, CheckpointReader, read_json_object
+from hf_nvfp4_qat.formats.names import (
     BLOCK_SCALE,
-    EMBEDDINGS,
     GLOBAL_ENCODE_SCALE,
     INPUT_GLOBAL_SCALE,
     OF_AN_EXPERT,
@@ -36,9 +34,10 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantization_config,
     scale_rule_of,
 )
-from hf_nvfp4_qat.checkpoint.patterns import names_matching
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
+from hf_nvfp4_qat.selection.layer_names import EMBEDDINGS
+from hf_nvfp4_qat.selection.patterns import excluded_in_modelopt, names_matching
 from hf_nvfp4_qat.version import __version__
 
 QUANT_METHOD = "modelopt"
@@ -209,7 +208,9 @@ class ModelOptReader(CheckpointReader):
                 )
         weights_only = bool(groups) and not any(group.get("input_activations") for group in groups)
         excluded = {
-            layer for layer in unpacked_layers(self) if any(_is_excluded(layer, entry) for entry in stored["ignore"])
+            layer
+            for layer in unpacked_layers(self)
+            if any(excluded_in_modelopt(entry, layer) for entry in stored["ignore"])
         }
         config["quantization_config"] = quantization_config(
             [_MIXER.sub(r"re:.*mixer[.]\1$", entry) for entry in _spelled_out(stored["ignore"], excluded)],
@@ -235,7 +236,9 @@ class ModelOptReader(CheckpointReader):
             expert = OF_AN_EXPERT.fullmatch(layer)
             layers_of.setdefault(expert[1] if expert else fused_group_key(layer), []).append(layer)
         found = {
-            entry: [layer for module, built in layers_of.items() if _is_excluded(module, entry) for layer in built]
+            entry: [
+                layer for module, built in layers_of.items() if excluded_in_modelopt(entry, module) for layer in built
+            ]
             for entry in _stored_config(super().config(), self)["ignore"]
         }
         return {entry: excluded for entry, excluded in found.items() if excluded}
@@ -351,11 +354,6 @@ def _stored_config(config: Mapping[str, Any], reader: CheckpointReader) -> dict[
             f"Of quantized caches only FP8 can be carried over; {reader.directory} has {cache}. Serve it as it is."
         )
     return {**found, "has_fp8_cache": is_fp8}
-
-
-def _is_excluded(layer: str, entry: str) -> bool:
-    """Whether ModelOpt's `entry` leaves `layer` unquantized, as vLLM and SGLang read it: a wildcard, or a part."""
-    return fnmatch(layer, entry) or entry in layer
 
 
 _MIXER = re.compile(r"^mixer\.(\w+)$")

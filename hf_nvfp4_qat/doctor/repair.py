@@ -19,9 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.checks import TEXT_CONFIGS
-from hf_nvfp4_qat.checkpoint.doctor import Examination, look_at
-from hf_nvfp4_qat.checkpoint.files import (
+from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, tied_heads
+from hf_nvfp4_qat.doctor.checks import TEXT_CONFIGS
+from hf_nvfp4_qat.doctor.examine import Examination, look_at
+from hf_nvfp4_qat.doctor.findings import Finding
+from hf_nvfp4_qat.doctor.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
+from hf_nvfp4_qat.formats.files import (
     CONFIG_FILE,
     FLOATING,
     HF_QUANT_CONFIG,
@@ -29,14 +32,13 @@ from hf_nvfp4_qat.checkpoint.files import (
     StagedFiles,
     finish_renaming,
     is_unfinished,
+    printable,
     read_json_object,
     staged_files,
 )
-from hf_nvfp4_qat.checkpoint.findings import Finding, printable
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, legacy_settings, shift_exact_scales
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.formats.modelopt import ModelOptReader, legacy_settings, shift_exact_scales
+from hf_nvfp4_qat.formats.names import (
     BLOCK_SCALE,
-    EMBEDDINGS,
     GLOBAL_ENCODE_SCALE,
     PACKED,
     SERVED_DTYPE,
@@ -44,10 +46,9 @@ from hf_nvfp4_qat.checkpoint.names import (
     layer_of,
     packed_tensors,
 )
-from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_match
-from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
-from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, tied_heads
-from hf_nvfp4_qat.modules.fused_groups import always_fused_key
+from hf_nvfp4_qat.selection.fused_groups import always_fused_key
+from hf_nvfp4_qat.selection.layer_names import EMBEDDINGS
+from hf_nvfp4_qat.selection.patterns import names_matching, patterns_without_match
 
 _RESCALED = ("unshared-scale", "subnormal-block-scale")
 _DECODED = ("quantized-router", "quantized-lm-head", "quantized-embedding")

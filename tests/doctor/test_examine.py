@@ -19,14 +19,14 @@ from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, load_nvfp4, quantize_nvfp4, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.doctor import Diagnosis, examine
-from hf_nvfp4_qat.checkpoint.findings import ENGINES, RULES, SEVERITIES, fold, found, printable
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint, quantized_layers, to_checkpoint
-from hf_nvfp4_qat.checkpoint.patterns import names_matching, patterns_without_match
-from hf_nvfp4_qat.checkpoint.repair import repair
 from hf_nvfp4_qat.checkpoint.skeleton import skeleton
 from hf_nvfp4_qat.cli import app
-from hf_nvfp4_qat.modules.fused_groups import always_fused_key, fused_group_key
+from hf_nvfp4_qat.doctor.examine import Diagnosis, examine
+from hf_nvfp4_qat.doctor.findings import ENGINES, RULES, SEVERITIES, fold, found
+from hf_nvfp4_qat.doctor.repair import repair
+from hf_nvfp4_qat.formats.files import printable
+from hf_nvfp4_qat.formats.names import from_checkpoint, quantized_layers, to_checkpoint
+from hf_nvfp4_qat.selection.fused_groups import always_fused_key, fused_group_key
 
 UP = "model.layers.0.mlp.up_proj"
 DOWN = "model.layers.0.mlp.down_proj"
@@ -773,7 +773,7 @@ def test_a_repair_killed_while_it_renames_is_finished_by_the_next(
 
 
 def test_a_repair_that_cannot_write_leaves_every_byte(healthy, tmp_path, monkeypatch):
-    from hf_nvfp4_qat.checkpoint import repair as module
+    from hf_nvfp4_qat.doctor import repair as module
 
     path = copy_of(healthy, "ours", tmp_path / "copy")
     double(path)
@@ -896,15 +896,6 @@ def test_of_what_config_json_names_only_models_are_called(healthy, tmp_path, mon
     config(architectures=["Trainer"])(path)
     finding_of(examine(path), "not-compared", "architecture")
     assert Caught.calls == 0
-
-
-def test_patterns_that_would_match_for_ever_are_stopped(healthy, tmp_path):
-    with pytest.raises(ValueError, match="must match in 0.5 seconds"):
-        names_matching(["a" * 40 + "!"], ["re:(a+)+$"], seconds=0.5)
-    names = ["lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.gate_proj"]
-    patterns = ["model.layers.0.mlp.gate", "re:.*head$", "mlp.gate", "re:gate"]
-    assert names_matching(names, patterns) == {"lm_head", "model.layers.0.mlp.gate"}
-    assert patterns_without_match(names, patterns) == ["mlp.gate", "re:gate"]
 
 
 @pytest.fixture(scope="module")

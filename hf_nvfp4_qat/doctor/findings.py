@@ -7,12 +7,13 @@ each rule how bad it is, what to do and which engines it concerns; a check says 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from hf_nvfp4_qat.formats.files import printable
+
 ENGINES = ("vllm", "sglang", "transformers")
 SEVERITIES = ("error", "warning", "note")
 """Loading fails or other weights are served; something is lost, or one engine goes wrong; worth knowing."""
 
 _NUM_NAMED = 3
-_LONGEST = 600
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,6 @@ def found(rule: str, where: str, message: str, *, fixable: bool = False, severit
     """A finding of a rule; `severity` where it is not the rule's own."""
     known = RULES[rule]
     return Finding(severity or known.severity, rule, where, message, known.fix, fixable, known.engines)
-
-
-def printable(text: str, *, longest: int = _LONGEST) -> str:
-    """Text that may be a stranger's, safe for a terminal: control characters and lone surrogates escaped, and cut."""
-    text = text if len(text) <= longest else f"{text[:longest]}..."
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def fold(findings: Iterable[Finding]) -> list[Finding]:

@@ -8,8 +8,8 @@ from conftest import SIZES, tiny_qwen3
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from hf_nvfp4_qat import prepare_qat
-from hf_nvfp4_qat.checkpoint.doctor import examine
-from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
+from hf_nvfp4_qat.doctor.examine import examine
+from hf_nvfp4_qat.selection.plain_loading import why_plain_loading_fails
 
 ZAMBA = dict(
     num_hidden_layers=6, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=16, n_mamba_heads=2, mamba_dt_rank=4,

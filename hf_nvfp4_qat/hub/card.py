@@ -16,13 +16,14 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
-from hf_nvfp4_qat.checkpoint.files import CARD_FILE, CheckpointReader, resolve_checkpoint
-from hf_nvfp4_qat.checkpoint.inspect import inspect_checkpoint
+from hf_nvfp4_qat.checkpoint.layer_report import inspect_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
-from hf_nvfp4_qat.checkpoint.modelopt import ModelOptReader, open_checkpoint
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.formats.files import CARD_FILE, DTYPES, CheckpointReader, resolve_checkpoint
+from hf_nvfp4_qat.formats.modelopt import ModelOptReader, open_checkpoint
+from hf_nvfp4_qat.formats.names import (
     OF_AN_EXPERT,
     PACKED,
+    TAGS,
     activations_of,
     layer_of,
     packed_tensors,
@@ -31,7 +32,6 @@ from hf_nvfp4_qat.checkpoint.names import (
 )
 from hf_nvfp4_qat.version import __version__
 
-TAGS = ("nvfp4", "4-bit", "vllm")
 _DIALECTS = ("compressed-tensors", "modelopt")
 _BEGIN, _END = "<!-- hf_nvfp4_qat: begin -->", "<!-- hf_nvfp4_qat: end -->"
 _SECTION = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
@@ -39,7 +39,6 @@ _EVALUATION = "## Evaluation\n\n| | |\n|---|---|"
 _KEPT_RESULTS = re.compile(rf"{re.escape(_EVALUATION)}\n((?:\|.*\|\n)+)")
 """The rows of results that an earlier card states."""
 _LICENSE = ("license", "license_name", "license_link")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _RULES = {
     "four_over_six": "a block's largest magnitude becomes 6 or 4, whichever has the less squared error "
@@ -211,7 +210,7 @@ def _section(
             if reader.layout(tensor)[0] == dtype
         )
         listed = ", ".join(f"`{pattern}`{f' ({count})' if count > 1 else ''}" for pattern, count in left_out.items())
-        lines.append(f"| left in {_DTYPES[dtype]} | {listed} |")
+        lines.append(f"| left in {str(DTYPES[dtype]).removeprefix('torch.')} | {listed} |")
     if results:
         lines += ["", _EVALUATION, *results]
     lines += [

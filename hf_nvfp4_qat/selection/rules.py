@@ -8,7 +8,7 @@ Structure decides, so that architectures nobody has seen yet are read like those
 - what vLLM builds without a quantization config, so that the packed form has no place to go.
 
 Names decide where no structure can be seen: in checkpoints, in modules that are not of Transformers, and for layers of
-another modality in the middle of a language model. They stand in one table, `_BY_NAME`.
+another modality in the middle of a language model. They stand in one table, ``layer_names.KEPT_OUT``.
 """
 
 import re
@@ -17,29 +17,16 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-OUTPUT_EMBEDDING = "output embedding"
-ROUTER = "router"
-TOKEN_SELECTOR = "token selector"
-OUTSIDE = "outside the language model"
-PART_OF_A_NORM = "part of a norm"
-UNQUANTIZED_IN_VLLM = "vLLM builds it unquantized"
+from hf_nvfp4_qat.selection.layer_names import (
+    CHOOSES_OR_ANSWERS,
+    KEPT_OUT,
+    OUTPUT_EMBEDDING,
+    ROUTER,
+    TOKEN_SELECTOR,
+    UNQUANTIZED_IN_VLLM,
+)
 
-_CHOOSES_OR_ANSWERS = (
-    # What a component of the path is called, and what that makes of the layer. The first that fits decides.
-    (r"(.+_)?lm_heads?|embed_out", OUTPUT_EMBEDDING),
-    (r"gate|shared_expert_gate|router_proj|(.+_)?router", ROUTER),
-    (r"(.+_)?indexer", TOKEN_SELECTOR),
-    (r"score|classifier|qa_outputs|v_head|value_head", "classification or value head"),
-)
-_BY_NAME = (
-    *_CHOOSES_OR_ANSWERS,
-    (r"(.+_)?(vision|visual|image|img|video)(_.+)?", "vision tower"),
-    (r"(.+_)?(audio|speech)(_.+)?", "audio tower"),
-    (r"multi_modal_projector|mm_projector|modality_projection|language_projection", "modality projector"),
-    (r"connector|aligner|perceiver_resampler", "modality projector"),
-    (r".+_norm|.+_layernorm", PART_OF_A_NORM),
-    (r"self_conditioning", UNQUANTIZED_IN_VLLM),  # DiffusionGemma's
-)
+OUTSIDE = "outside the language model"
 
 _CHOOSING_CLASS = re.compile(r"(?P<router>Router|TopKGating)$|(?P<selector>Indexer)")
 """Class names in Transformers of routers, and of what selects tokens."""
@@ -51,7 +38,7 @@ def reason_by_name(name: str) -> str | None:
     Args:
         name: dotted path, of a module or of its checkpoint name.
     """
-    return _first_fit(name, _BY_NAME)
+    return _first_fit(name, KEPT_OUT)
 
 
 def _first_fit(name: str, table: tuple[tuple[str, str], ...]) -> str | None:
@@ -72,7 +59,7 @@ def reasons_by_rule(model: nn.Module, linears: Iterable[str], experts: Iterable[
     """
     linears, experts = list(linears), list(experts)
     chosen = dict(_embedding_shaped(model, linears)) | dict(_choosing(model, linears, experts))
-    chosen |= {name: reason for name in linears if (reason := _first_fit(name, _CHOOSES_OR_ANSWERS))}
+    chosen |= {name: reason for name in linears if (reason := _first_fit(name, CHOOSES_OR_ANSWERS))}
     others = {name: reason for name in (*linears, *experts) if (reason := reason_by_name(name))}
     others |= dict.fromkeys(in_mamba_1(model, linears), UNQUANTIZED_IN_VLLM)
     others |= dict.fromkeys(_outside(model, [*linears, *experts]), OUTSIDE)

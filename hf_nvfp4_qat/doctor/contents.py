@@ -11,24 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_nvfp4_qat.checkpoint.files import (
+from hf_nvfp4_qat.doctor.findings import Finding, found
+from hf_nvfp4_qat.formats.files import (
     CONFIG_FILE,
     INDEX_FILE,
     PARTIAL_SUFFIX,
     SINGLE_FILE,
+    TOKENIZERS,
     is_plain_name,
     is_unfinished,
     read_json_object,
     read_weight_map,
     tensor_names,
 )
-from hf_nvfp4_qat.checkpoint.findings import Finding, found
 
 _NUMBERED = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-TOKENIZERS = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
-    *("tekken.json", "tiktoken.model", "sentencepiece.bpe.model"),
-)
 
 _OTHER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 

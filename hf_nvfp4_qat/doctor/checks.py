@@ -11,9 +11,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, FLOATING, CheckpointReader
-from hf_nvfp4_qat.checkpoint.findings import Finding, found
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.checkpoint.skeleton import (
+    SKIPPED,
+    checkpoint_shapes,
+    linear_weights,
+    missing_tensors,
+    tied_copies,
+    tied_heads,
+)
+from hf_nvfp4_qat.doctor.findings import Finding, found
+from hf_nvfp4_qat.doctor.rescale import ScaleFacts, scale_facts, shared_exponents
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, DTYPES, FLOATING, CheckpointReader
+from hf_nvfp4_qat.formats.names import (
     BLOCK_SCALE,
     FORMAT,
     GLOBAL_ENCODE_SCALE,
@@ -28,20 +37,11 @@ from hf_nvfp4_qat.checkpoint.names import (
     layer_of,
     packed_tensors,
 )
-from hf_nvfp4_qat.checkpoint.patterns import names_matching
-from hf_nvfp4_qat.checkpoint.rescale import ScaleFacts, scale_facts, shared_exponents
-from hf_nvfp4_qat.checkpoint.skeleton import (
-    SKIPPED,
-    checkpoint_shapes,
-    linear_weights,
-    missing_tensors,
-    tied_copies,
-    tied_heads,
-)
-from hf_nvfp4_qat.modules.fused_groups import always_fused_key, split_fused_groups
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX
+from hf_nvfp4_qat.selection.fused_groups import always_fused_key, split_fused_groups
+from hf_nvfp4_qat.selection.patterns import names_matching
 
-_STORED_AS = {torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32"}
+_STORED_AS = {dtype: name for name, dtype in DTYPES.items()}
 _NVFP4_WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK_SIZE}
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config")
 _PLAUSIBLE = (1e-10, 1e4)

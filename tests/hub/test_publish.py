@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard
 from trl_callbacks.test_callback import byte_tokenizer
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4, verify_nvfp4
-from hf_nvfp4_qat.checkpoint.inspect import inspect_checkpoint
+from hf_nvfp4_qat.checkpoint.layer_report import inspect_checkpoint
 
 
 def run_online(code: str, hub: FakeHub, tmp_path, *arguments: str, token: str = "hf_test", fails: bool = False) -> str:
