@@ -46,6 +46,7 @@ from hf_nvfp4_qat.checkpoint.stream import (
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.rollout.report import SyncReport
 from hf_nvfp4_qat.sharding.packed import gather_packed
 from hf_nvfp4_qat.sharding.parts import own_rows
 
@@ -143,6 +144,10 @@ class RolloutStream:
         return quantization_config(
             self.ignored_layers, scale_rule=self._scale_rule, quantizes_input=self.quantizes_input
         )
+
+    def report(self, seconds: float) -> SyncReport:
+        """What the push took."""
+        return SyncReport(seconds, self.num_bytes, self.num_bf16_bytes, self.num_packed, len(self.layout))
 
     def __iter__(self) -> Iterator[NamedTensor]:
         return self.tensors()

@@ -13,8 +13,8 @@ from hf_nvfp4_qat.checkpoint.names import from_checkpoint
 from hf_nvfp4_qat.checkpoint.stream import packed_sources
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.swap import qat_modules
-from hf_nvfp4_qat.rollout.server import check_alignment
 from hf_nvfp4_qat.rollout.stream import RolloutStream
+from hf_nvfp4_qat.rollout.vllm.server import check_alignment
 
 
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama])
