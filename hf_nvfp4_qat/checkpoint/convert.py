@@ -61,7 +61,8 @@ from hf_nvfp4_qat.checkpoint.save import (
     write_weights,
 )
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, missing_tensors, skeleton
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, served_dtype, shared_scales
+from hf_nvfp4_qat.checkpoint.sources import LinearSource, PlainSource, Source
+from hf_nvfp4_qat.checkpoint.stream import served_dtype, shared_scales
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
 
@@ -79,7 +80,7 @@ _SAFETENSORS_DTYPES = {
 
 def ptq_sources(
     directory: Path, recipe: Recipe, *, progress: Progress, trust_remote_code: bool = False
-) -> tuple[list[TensorSource], PreTrainedModel, CheckpointReader]:
+) -> tuple[list[Source], PreTrainedModel, CheckpointReader]:
     """What post-training quantization makes of an unquantized checkpoint: sources, skeleton and reader.
 
     Raises:
@@ -104,23 +105,16 @@ def ptq_sources(
     scales = shared_scales(found, progress=lambda num_done: progress("reading scales", num_done, len(found)))
     # Where linears have 16 bits, what has 32 was given them on purpose; matrices are most of the bytes, and stay out.
     is_mixed = all(reader.layout(name)[0] != "F32" for name in selected & set(reader.names))
-    sources = [
-        TensorSource(
-            name=name,
-            shape=reader.layout(name)[1],
-            dtype=served_dtype(
-                model,
-                name,
-                _dtype(reader, name),
-                keeps_float32=is_mixed and not _is_matrix(name, reader.layout(name)[1]),
-            ),
-            module_name=module_names.get(name),
-            load=partial(reader.get_tensor, name),
-            global_decode_scale=partial(scales.__getitem__, layer_of(name)) if name in selected else None,
-            scale_rule=recipe.scale_rule,
-        )
-        for name in reader.names
-    ]
+    sources: list[Source] = []
+    for name in reader.names:
+        shape, read = reader.layout(name)[1], partial(reader.get_tensor, name)
+        if name in selected:
+            scale = partial(scales.__getitem__, layer_of(name))
+            sources.append(LinearSource(name, shape, module_names.get(name), read, scale, recipe.scale_rule))
+        else:
+            keeps_float32 = is_mixed and not _is_matrix(name, shape)
+            dtype = served_dtype(model, name, _dtype(reader, name), keeps_float32=keeps_float32)
+            sources.append(PlainSource(name, shape, module_names.get(name), read, dtype))
     if len(found) != len(selected):
         raise ValueError(
             f"All {len(selected)} weights to quantize must be in the checkpoint under the names that published "
@@ -191,15 +185,15 @@ def dequantize_checkpoint(
         check_nothing_missing(reader.directory, type(model), missing_tensors(model, reader.names))
     layers = quantized_layers(reader.names)
     replaced = packed_tensors(layers)
-    sources = [
-        TensorSource(name, reader.layout(name)[1], _dtype(reader, name), None, partial(reader.get_tensor, name))
+    sources: list[Source] = [
+        PlainSource(name, reader.layout(name)[1], None, partial(reader.get_tensor, name), _dtype(reader, name))
         for name in reader.names
         if name not in replaced
     ]
     for layer in layers:
         rows, half_columns = reader.layout(f"{layer}.{PACKED}")[1]
-        load = partial(_decode, layer, reader)
-        sources.append(TensorSource(f"{layer}.weight", (rows, 2 * half_columns), SERVED_DTYPE, None, load))
+        read = partial(_decode, layer, reader)
+        sources.append(PlainSource(f"{layer}.weight", (rows, 2 * half_columns), None, read, SERVED_DTYPE))
     config = {key: value for key, value in reader.config().items() if key != "quantization_config"}
     files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:

@@ -13,6 +13,7 @@ from hf_nvfp4_qat.checkpoint.files import CheckpointReader, resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_packed
 from hf_nvfp4_qat.checkpoint.modelopt import open_checkpoint
 from hf_nvfp4_qat.checkpoint.names import from_checkpoint, layer_of, quantized_layers
+from hf_nvfp4_qat.checkpoint.sources import LinearSource
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX, E4M3_MAX, E4M3_MIN_NORMAL
 from hf_nvfp4_qat.numerics.quantize import quantize_nvfp4
@@ -125,10 +126,10 @@ def inspect_checkpoint(
 
 def _inspect_unquantized(directory: Path, recipe: Recipe, progress: Progress) -> Iterator[LayerInspection]:
     sources, _, _ = ptq_sources(directory, recipe, progress=progress)
-    quantized = [(source, source.global_decode_scale) for source in sources if source.global_decode_scale is not None]
-    for num_done, (source, read_scale) in enumerate(quantized, start=1):
-        weight = source.load()
-        packed = quantize_nvfp4(weight, global_decode_scale=read_scale(), scale_rule=source.scale_rule)
+    quantized = [source for source in sources if isinstance(source, LinearSource)]
+    for num_done, source in enumerate(quantized, start=1):
+        weight = source.master()
+        packed = quantize_nvfp4(weight, global_decode_scale=source.global_decode_scale(), scale_rule=source.scale_rule)
         yield inspect_weight(layer_of(source.name), packed, weight)
         progress("inspecting", num_done, len(quantized))
 

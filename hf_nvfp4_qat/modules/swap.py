@@ -10,15 +10,16 @@ from typing import Any
 
 from torch import nn
 
-from hf_nvfp4_qat.modules.experts import QATExperts, adopt_experts, why_not_trainable
+from hf_nvfp4_qat.modules.experts import adopt_experts, why_not_trainable
 from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, QATWeight, RefreshInEvaluation, scales_of
+from hf_nvfp4_qat.modules.global_scale import GlobalScales, RefreshInEvaluation, scales_of
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
 from hf_nvfp4_qat.modules.past_forward import watch_first_forward
 from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.selection import bare_routers, in_mamba_1, reasons_by_rule
 from hf_nvfp4_qat.modules.weight_clock import WeightClock
+from hf_nvfp4_qat.modules.weights import QATModule, TrainedWeight
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def coverage_of(model: nn.Module) -> Coverage:
         counted.update(id(p) for p in parameters)
         # An excluded linear is reported even where its weight, being tied, is already counted.
         if parameters or name in reasons:
-            is_quantized = isinstance(module, (QATLinear, QATExperts))
+            is_quantized = isinstance(module, QATModule)
             reason = None if is_quantized else reasons.get(name, "not a linear layer")
             kind = type(module).__name__
             layers.append(LayerCoverage(name, kind, sum(p.numel() for p in parameters), reason))
@@ -215,15 +216,14 @@ def qat_modules(model: nn.Module) -> dict[str, QATLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QATLinear)}
 
 
-def qat_weights(model: nn.Module) -> dict[str, QATWeight]:
+def qat_weights(model: nn.Module) -> dict[str, TrainedWeight]:
     """The weights of `model` that train in NVFP4 by parameter name: of linears, and of fused experts."""
-    weights: dict[str, QATWeight] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, QATLinear):
-            weights[f"{path}.weight".lstrip(".")] = module
-        elif isinstance(module, QATExperts):
-            weights |= {f"{path}.{name}".lstrip("."): weight for name, weight in module.nvfp4_weights.items()}
-    return weights
+    return {
+        f"{path}.{name}".lstrip("."): weight
+        for path, module in model.named_modules()
+        if isinstance(module, QATModule)
+        for name, weight in module.nvfp4_weights.items()
+    }
 
 
 def refresh_global_scales(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, PACKED, layer_of
-from hf_nvfp4_qat.checkpoint.stream import TensorSource
+from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, PlainSource, Source
 from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all, sharding_groups
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
@@ -108,9 +108,10 @@ def _compare(engine: Engine, stream: RolloutStream) -> EngineCheck:
         if not all(placement.is_plain for placement in placements):
             not_compared.append(source.name)
             continue
-        if source.global_decode_scale is not None:
+        if isinstance(source, LinearSource):
             weight = fake_quantize_unchecked(weight, source.global_decode_scale(), scale_rule=source.scale_rule)
-        weight = weight.to(source.dtype)
+        elif isinstance(source, PlainSource):
+            weight = weight.to(source.dtype)
         num_different = 0
         # By source: an engine may keep the same values twice, as keys and as values say.
         num_found: dict[Region | None, int] = {}
@@ -122,7 +123,7 @@ def _compare(engine: Engine, stream: RolloutStream) -> EngineCheck:
             num_found[placement.source] = found.numel()
         if engine.is_whole:
             num_different += weight.numel() - sum(num_found.values())
-        if source.input_amax is not None:
+        if isinstance(source, LinearSource) and source.input_amax is not None:
             expected = 1 / global_decode_scale_of_amax(source.input_amax())
             for placement in by_tensor[f"{layer_of(source.name)}.{INPUT_GLOBAL_SCALE}"]:
                 num_different += int((read(placement) != expected).sum())
@@ -133,12 +134,12 @@ def _compare(engine: Engine, stream: RolloutStream) -> EngineCheck:
 
 
 def _placements(
-    source: TensorSource, by_tensor: Mapping[str, Sequence[Placement]], *, is_stacked: bool
+    source: Source, by_tensor: Mapping[str, Sequence[Placement]], *, is_stacked: bool
 ) -> Sequence[Placement]:
     """Where the weight `source` goes, of a quantized one its codes; as regions of all of it."""
     if not source.is_quantized:
         return by_tensor.get(source.name, [])
-    if not source.parts or is_stacked:
+    if not isinstance(source, ExpertsSource) or is_stacked:
         return by_tensor.get(f"{layer_of(source.name)}.{PACKED}", [])
     return [
         replace(placement, source=((part.expert, part.expert + 1), (start + first, start + last), columns))

@@ -13,7 +13,7 @@ from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, load_nvfp4, save
 from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, dequantize_checkpoint
 from hf_nvfp4_qat.checkpoint.save import DIALECTS
 from hf_nvfp4_qat.cli import app
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 
 RECIPES = {
     "W4A16": NVFP4QATConfig(),
@@ -72,8 +72,8 @@ def test_a_model_is_saved_under_modelopts_names_and_reads_back_equal(model, tmp_
     loaded = load_nvfp4(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
-    scale_rules = {layer.scale_rule for layer in qat_modules(loaded).values()}
-    assert scale_rules == {layer.scale_rule for layer in qat_modules(model).values()}
+    scale_rules = {weight.scale_rule for weight in qat_weights(loaded).values()}
+    assert scale_rules == {weight.scale_rule for weight in qat_weights(model).values()}
 
 
 def test_there_and_back_gives_the_same_bytes_in_every_file(model, tmp_path):

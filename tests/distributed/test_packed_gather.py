@@ -71,7 +71,7 @@ def seen_in_forward(model) -> dict[str, torch.Tensor]:
     seen = {}
     for name, weight in qat_weights(model).items():
         model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
-            lambda module, args, name=name, weight=weight: seen.update({name: whole(weight.weight).detach().clone()})
+            lambda module, args, name=name, weight=weight: seen.update({name: whole(weight.master).detach().clone()})
         )
     return seen
 

@@ -221,7 +221,7 @@ def test_a_model_that_reads_no_weight_is_looked_at_once_and_trains(make, checkpo
 def test_a_weight_that_is_gathered_in_nvfp4_may_be_read_anywhere(unreadable_source):
     model = prepare_qat(Model(ReadsByAnotherName()))
     for layer in qat_modules(model).values():
-        layer.weight_is_fake_quantized = True
+        layer.nvfp4_weight.is_quantized = False
     model(torch.ones(2, 16))
     assert not model._forward_hooks
 

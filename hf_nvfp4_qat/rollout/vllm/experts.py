@@ -48,7 +48,7 @@ class StackedExperts:
                 if kind == GLOBAL_ENCODE_SCALE:
                     probe = TensorLayout(f"{layer}.{kind}", torch.float32, (1,))
                 else:
-                    probe = TensorLayout(f"{layer}.{kind}", item.dtype, (part.num_rows, item.shape[-1]))
+                    probe = TensorLayout(f"{layer}.{kind}", item.dtype, (part.shape[0], item.shape[-1]))
                 self.probes.append(probe)
                 self._part_of[probe.name] = (item.name, part)
                 if kind == PACKED:
