@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from hf_nvfp4_qat.rollout.placement import Placement
-from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
+from hf_nvfp4_qat.rollout.plan import TensorLayout
+from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
 
 # Found by name when they are needed: nothing else here knows any of them.
 _KINDS = {"vllm": "hf_nvfp4_qat.rollout.vllm.engine:VLLMEngine"}

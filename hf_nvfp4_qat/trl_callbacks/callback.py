@@ -2,18 +2,21 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import wraps
 from importlib.util import find_spec
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.modules.swap import qat_weights, refresh_global_scales
+from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 from hf_nvfp4_qat.rollout.vllm.routing import routing_arguments
 from hf_nvfp4_qat.trl_callbacks.generation import NVFP4Generation, mark
+from hf_nvfp4_qat.trl_callbacks.metrics import record_mismatch, record_routing
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,7 @@ class NVFP4RolloutCallback(TrainerCallback):
         self.quantize_ref_model = quantize_ref_model
         self.engine_kwargs = {**(routing_arguments() if routing_every else {}), **(engine_kwargs or {})}
         self.generation: NVFP4Generation | None = None
+        self._trainer: ref[Trainer] | None = None
         self._is_idle = False
         if find_spec("trl") is not None:
             _watch_generation()
@@ -79,6 +83,7 @@ class NVFP4RolloutCallback(TrainerCallback):
         """
         model = kwargs["model"]
         trainer = _calling_trainer(model)
+        self._trainer = ref(trainer)
         self.generation, self._is_idle = None, False
         if not getattr(args, "use_vllm", False):
             self._is_idle = True
@@ -92,15 +97,30 @@ class NVFP4RolloutCallback(TrainerCallback):
                 f"NVFP4RolloutCallback needs a model that trains in NVFP4; {type(model).__name__} has no QAT layers. "
                 "Load it with `quantization_config=NVFP4QATConfig()` or call `prepare_qat(model)`."
             )
-        self.generation = NVFP4Generation(
-            trainer,
-            check_every=self.check_every,
-            quantize_ref_model=self.quantize_ref_model,
-            routing_every=self.routing_every,
-            engine_kwargs=self.engine_kwargs,
-        )
-        mark(model, self.generation)
+        mark(model, self._build)
         _check_before_evaluation(trainer, self)
+
+    def _build(self, trl_generation: Any, original: Callable[[], None]) -> None:
+        """Make the engine that TRL is about to make.
+
+        Raises:
+            ValueError: as ``NVFP4Generation.build``; `routing_every` with a server, or with a model without experts.
+        """
+        find_trainer = self._trainer or (lambda: None)
+        generation = NVFP4Generation(
+            trl_generation, find_trainer, check_every=self.check_every, engine_kwargs=self.engine_kwargs
+        )
+        generation.build(original)
+        self.generation = generation
+        trainer = find_trainer()
+        if trainer is not None:
+            record_mismatch(trainer)
+            if self.routing_every:
+                if trl_generation.mode != "colocate":
+                    raise ValueError("`routing_every` needs an engine in this process: set vllm_mode='colocate'.")
+                record_routing(trainer, trl_generation.llm, self.routing_every)
+        if self.quantize_ref_model:
+            self._quantize_ref_model(trainer, trl_generation.model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,18 +142,18 @@ class NVFP4RolloutCallback(TrainerCallback):
         Raises:
             ValueError: the callback came too late, or the trainer has an engine of its own kind.
         """
-        if self._is_idle:
+        if self._is_idle or self.generation is not None:
             return
-        if self.generation is None:
+        trainer = self._trainer() if self._trainer else None
+        if trainer is None:
             raise ValueError(
                 "NVFP4RolloutCallback came after TRL had built its engine, from unquantized weights. Pass it to the "
                 "trainer: `callbacks=[NVFP4RolloutCallback()]`, not `add_callback`."
             )
-        if not self.generation.is_built:
-            raise ValueError(
-                "NVFP4RolloutCallback works with TRL trainers built on VLLMGeneration (GRPO, RLOO, distillation and "
-                f"others); {type(self.generation.trainer()).__name__} generates in another way."
-            )
+        raise ValueError(
+            "NVFP4RolloutCallback works with TRL trainers built on VLLMGeneration (GRPO, RLOO, distillation and "
+            f"others); {type(trainer).__name__} generates in another way."
+        )
 
     def _startup_line(self) -> str:
         import transformers
@@ -148,6 +168,18 @@ class NVFP4RolloutCallback(TrainerCallback):
             f"{generation.kernel}, vLLM {vllm_version()}, TRL {trl.__version__}, "
             f"transformers {transformers.__version__}, torch {torch.__version__}"
         )
+
+    def _quantize_ref_model(self, trainer: Any, model: Any) -> None:
+        ref_model = getattr(trainer, "ref_model", None)  # trainers without a KL penalty have none
+        if ref_model is None:
+            logger.warning("`quantize_ref_model` does nothing: there is no reference model (`beta` is 0).")
+            return
+        if not qat_weights(ref_model):
+            prepare_qat(ref_model, getattr(getattr(model, "hf_quantizer", None), "quantization_config", None))
+        if getattr(trainer.args, "sync_ref_model", False):
+            # TRL moves the reference toward the policy through `.data`, which leaves no trace, after this callback's
+            # own `on_step_end`. So its scales are computed anew before each forward: one pass that reads its weights.
+            ref_model.register_forward_pre_hook(lambda model, args: refresh_global_scales(model))
 
 
 def _watch_generation() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,7 @@ from torch import nn
 
 from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all
 from hf_nvfp4_qat.distributed.gather import reshard
-from hf_nvfp4_qat.modules.swap import qat_weights, refresh_global_scales, weights_epoch
-from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
+from hf_nvfp4_qat.modules.swap import weights_epoch
 from hf_nvfp4_qat.rollout.report import EngineCheck, SyncReport
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
 from hf_nvfp4_qat.rollout.sync import check, sync
@@ -40,7 +39,7 @@ from hf_nvfp4_qat.rollout.vllm.server import (
     with_start_command,
 )
 from hf_nvfp4_qat.rollout.vllm.versions import vllm_version
-from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample, record, record_mismatch, record_routing
+from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample, record
 from hf_nvfp4_qat.trl_callbacks.trl_versions import check_trl, private, sharding_of, weights_sleep
 
 logger = logging.getLogger(__name__)
@@ -48,18 +47,21 @@ logger = logging.getLogger(__name__)
 _ASLEEP = "sleep mode discarded its weights"
 
 
+Build = Callable[[Any, Callable[[], None]], None]
+"""Makes the engine of a ``VLLMGeneration``, given TRL's own way to make it."""
+
 # Models for which TRL has not built an engine yet.
-_marked: "WeakKeyDictionary[nn.Module, NVFP4Generation]" = WeakKeyDictionary()
+_marked: WeakKeyDictionary[nn.Module, Build] = WeakKeyDictionary()
 
 
-def mark(model: nn.Module, generation: "NVFP4Generation") -> None:
-    """Have TRL roll out on the packed weights of `model`, from the moment it builds an engine for it.
+def mark(model: nn.Module, build: Build) -> None:
+    """Have TRL call `build` when it would build an engine for `model`.
 
     Raises:
         ValueError: a TRL version without the seam this needs.
     """
     _wrap_engine_construction()
-    _marked[model] = generation
+    _marked[model] = build
 
 
 def _wrap_engine_construction() -> None:
@@ -72,12 +74,12 @@ def _wrap_engine_construction() -> None:
 
     @wraps(original)
     def _init_vllm(self: Any) -> None:
-        # Taken out: from now on it refers to its model, and a weak dictionary would keep both for ever.
-        generation = _marked.pop(self.model, None)
-        if generation is None:
+        # Taken out: what it builds refers to the model, and a weak dictionary would keep both for ever.
+        build = _marked.pop(self.model, None)
+        if build is None:
             original(self)
         else:
-            generation.build(self, lambda: original(self))
+            build(self, lambda: original(self))
 
     _init_vllm.nvfp4 = True  # type: ignore[attr-defined]
     VLLMGeneration._init_vllm = _init_vllm
@@ -87,10 +89,8 @@ class NVFP4Generation:
     """One ``VLLMGeneration`` of TRL, made to roll out on packed weights, and what is known of its pushes.
 
     Attributes:
-        trainer: a weak reference to the trainer.
         trl_generation: TRL's object; its ``sync_weights``, ``generate`` and, for a server, ``_iter_named_params`` are
             replaced.
-        is_built: whether TRL has built its engine, or connected to its server.
         last_report, last_check: of the last push; in server mode there is no check.
         num_pushes: that succeeded.
         sample: weight statistics of the last push.
@@ -98,27 +98,23 @@ class NVFP4Generation:
 
     def __init__(
         self,
-        trainer: Any,
+        trl_generation: Any,
+        find_trainer: Callable[[], Any] = lambda: None,
         *,
         check_every: int = 100,
-        quantize_ref_model: bool = False,
-        routing_every: int = 0,
         engine_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        """Wait for TRL's ``VLLMGeneration``.
+        """Before ``build``.
 
         Args:
-            trainer: whose metrics get what is measured.
-            check_every, quantize_ref_model, routing_every: as for ``NVFP4RolloutCallback``.
-            engine_kwargs: all further arguments of ``vllm.LLM``.
+            trl_generation: the ``VLLMGeneration`` that is being made.
+            find_trainer: the trainer whose metrics get what is measured, if it is still there.
+            check_every, engine_kwargs: as for ``NVFP4RolloutCallback``.
         """
-        self.trainer = ref(trainer)
+        self.trl_generation = trl_generation
+        self._find_trainer = find_trainer
         self._check_every = check_every
-        self._quantizes_ref_model = quantize_ref_model
-        self._routing_every = routing_every
         self._engine_kwargs = engine_kwargs or {}
-        self.trl_generation: Any = None
-        self.is_built = False
         self.num_pushes = 0
         self.sample = WeightSample()
         self.last_report: SyncReport | None = None
@@ -126,8 +122,8 @@ class NVFP4Generation:
         self.kernel = ""
         self.num_packed = 0
         self._engine: VLLMEngine
-        self._push_of_trl: Callable[[], None]
-        self._generate_of_trl: Callable[..., Any]
+        self._push_of_trl = trl_generation.sync_weights
+        self._generate_of_trl = trl_generation.generate
         self._push: Callable[[], None]
         self._stream: RolloutStream | None = None
         self._failure: Exception | None = None
@@ -136,20 +132,14 @@ class NVFP4Generation:
         self._refusal = "no weights were pushed yet"
         self._pushed_epoch = -1
 
-    def build(self, trl_generation: Any, original: Callable[[], None]) -> None:
+    def build(self, original: Callable[[], None]) -> None:
         """Build TRL's engine or connect to its server, the NVFP4 way.
 
-        Args:
-            trl_generation: the ``VLLMGeneration`` that is being made.
-            original: what TRL does to build or connect.
-
         Raises:
-            ValueError: FSDP1, ZeRO, a server without NVFP4 or with another model, an engine without NVFP4;
-                `routing_every` with a server, or with a model without experts.
+            ValueError: FSDP1, ZeRO, a server without NVFP4 or with another model, an engine without NVFP4.
         """
         vllm_version()
-        self.trl_generation = trl_generation
-        fsdp_version, zero_stage = sharding_of(trl_generation)
+        fsdp_version, zero_stage = sharding_of(self.trl_generation)
         if fsdp_version == 1:
             raise ValueError(
                 "NVFP4 rollouts need FSDP2: TRL loses track of the root of an FSDP1 model. Set fsdp_version: 2."
@@ -170,23 +160,8 @@ class NVFP4Generation:
             with _engine_made_with(self._engine_kwargs, VLLMEngine.arguments(stream)):
                 original()
             self._take_over_engine(stream)
-        self._push_of_trl, self._generate_of_trl = trl_generation.sync_weights, trl_generation.generate
-        trl_generation.sync_weights, trl_generation.generate = self._push_and_remember, self._generate
-        self.is_built = True
-        self._watch_trainer()
-
-    def _watch_trainer(self) -> None:
-        """Measure what the trainer does with rollouts, as far as it was asked for."""
-        trainer, trl_generation = self.trainer(), self.trl_generation
-        if trainer is None:
-            return
-        record_mismatch(trainer)
-        if self._routing_every:
-            if trl_generation.mode != "colocate":
-                raise ValueError("`routing_every` needs an engine in this process: set vllm_mode='colocate'.")
-            record_routing(trainer, trl_generation.llm, self._routing_every)
-        if self._quantizes_ref_model:
-            _quantize_ref_model(trainer, trl_generation.model)
+        self.trl_generation.sync_weights = self._push_and_remember
+        self.trl_generation.generate = self._generate
 
     def _take_over_engine(self, stream: RolloutStream) -> None:
         weights_sleep(self.trl_generation)  # raises now what would raise later
@@ -241,7 +216,7 @@ class NVFP4Generation:
         self._pushed_epoch = epoch
         self._refusal = ""
         self.num_pushes += 1
-        trainer, report = self.trainer(), self.last_report
+        trainer, report = self._find_trainer(), self.last_report
         if trainer is not None and report is not None:
             record(
                 trainer,
@@ -362,19 +337,6 @@ class NVFP4Generation:
             device = self.trl_generation.accelerator.device
             for item in stream.layout[num_sent:]:
                 yield item.name, torch.zeros(item.shape, dtype=item.dtype, device=device)
-
-
-def _quantize_ref_model(trainer: Any, model: Any) -> None:
-    ref_model = getattr(trainer, "ref_model", None)  # trainers without a KL penalty have none
-    if ref_model is None:
-        logger.warning("`quantize_ref_model` does nothing: there is no reference model (`beta` is 0).")
-        return
-    if not qat_weights(ref_model):
-        prepare_qat(ref_model, getattr(getattr(model, "hf_quantizer", None), "quantization_config", None))
-    if getattr(trainer.args, "sync_ref_model", False):
-        # TRL moves the reference toward the policy through `.data`, which leaves no trace, after the callback's
-        # own `on_step_end`. So its scales are computed anew before each forward: one pass that reads its weights.
-        ref_model.register_forward_pre_hook(lambda model, args: refresh_global_scales(model))
 
 
 def _metadata(stream: RolloutStream) -> list[tuple[str, str, list[int]]]:

@@ -241,8 +241,8 @@ def _server_pushes(failing_rank: int, rank: int) -> list:
     )  # fmt: skip
     model.name_or_path = "tiny"
     generation_module.check_server = generation_module.reset_server_caches = lambda *args, **kwargs: None
-    generation = generation_module.NVFP4Generation(torch.nn.Identity(), check_every=0)
-    generation.build(trl, lambda: None)
+    generation = generation_module.NVFP4Generation(trl, check_every=0)
+    generation.build(lambda: None)
     expected = [[item.name, list(item.shape)] for item in RolloutStream(model).layout]
     cases = [
         (generation_module, "_metadata", 1),

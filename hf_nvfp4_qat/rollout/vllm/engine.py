@@ -10,10 +10,10 @@ import torch
 
 from hf_nvfp4_qat.rollout.engine import Engine
 from hf_nvfp4_qat.rollout.placement import Placement
-from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream, TensorLayout
-from hf_nvfp4_qat.rollout.vllm.loading import load_tensors, place_tensors
+from hf_nvfp4_qat.rollout.plan import TensorLayout
+from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
 from hf_nvfp4_qat.rollout.vllm.reading import EngineReader, check_kernel
-from hf_nvfp4_qat.rollout.vllm.replay import Replay
+from hf_nvfp4_qat.rollout.vllm.replay import EnginePlan
 from hf_nvfp4_qat.rollout.vllm.versions import register_empty_loader, vllm_version
 
 # Attribute of vLLM's worker.
@@ -53,12 +53,23 @@ class VLLMEngine(Engine):
         plan = getattr(self.worker, _PLAN, None)
         stream.stack_experts(plan is None or plan.is_stacked)
         if plan is None or plan.layout != stream.layout:
-            plan = _Plan(self.worker, stream)
+            self._refuse_unfit(stream)
+            plan = EnginePlan(self.worker, stream)
             if stream.is_stacked and not plan.is_stacked:
                 stream.stack_experts(False)
-                plan = _Plan(self.worker, stream)
+                plan = EnginePlan(self.worker, stream)
             setattr(self.worker, _PLAN, plan)
         return plan.by_tensor
+
+    def _refuse_unfit(self, stream: RolloutStream) -> None:
+        dtype = self.worker.model_config.dtype
+        if dtype != torch.bfloat16:
+            raise ValueError(
+                f"Decoded NVFP4 weights are exact in bfloat16; the engine computes in {dtype}. Make it with "
+                'dtype="bfloat16".'
+            )
+        if stream.quantizes_input:
+            check_kernel(self.worker)
 
     def push(self, tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> None:  # noqa: D102
         getattr(self.worker, _PLAN).load(tensors, layout)
@@ -157,41 +168,3 @@ class _Gate:
 def _wait_for_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-class _Plan:
-    """What was worked out for one layout: where tensors go, and how the next push gets there.
-
-    Experts go stacked where they can.
-    """
-
-    def __init__(self, worker: Any, stream: RolloutStream) -> None:
-        if worker.model_config.dtype != torch.bfloat16:
-            raise ValueError(
-                f"Decoded NVFP4 weights are exact in bfloat16; the engine computes in {worker.model_config.dtype}. "
-                'Make it with dtype="bfloat16".'
-            )
-        if stream.quantizes_input:
-            check_kernel(worker)
-        self._worker = worker
-        self.layout = stream.layout
-        self.by_tensor: dict[str, list[Placement]] = {}
-        for placement in place_tensors(worker, stream.layout, stream.experts):
-            self.by_tensor.setdefault(placement.tensor, []).append(placement)
-        self._replay: Replay | None = Replay(worker, self.by_tensor) if stream.is_stacked else None
-        # vLLM's own loaders do not take stacked experts, so these must go by copies.
-        self.is_stacked = self._replay is not None and self._replay.is_possible
-
-    def load(self, tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> None:
-        """The first push, and any after a failure, go through vLLM's loaders; the others repeat their copies.
-
-        Stacked experts are always copied.
-        """
-        replay, self._replay = self._replay, None
-        if self.is_stacked:
-            replay = replay or Replay(self._worker, self.by_tensor)
-        if replay is not None and replay.is_possible:
-            replay.load(tensors, layout)
-        else:
-            load_tensors(self._worker, tensors, layout)
-        self._replay = replay or Replay(self._worker, self.by_tensor)

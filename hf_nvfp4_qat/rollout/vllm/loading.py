@@ -21,13 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart
 from hf_nvfp4_qat.rollout.placement import Placement, Region
-from hf_nvfp4_qat.rollout.stream import NamedTensor, TensorLayout
+from hf_nvfp4_qat.rollout.plan import TensorLayout
+from hf_nvfp4_qat.rollout.stream import NamedTensor
 from hf_nvfp4_qat.rollout.vllm.experts import StackedExperts
 from hf_nvfp4_qat.rollout.vllm.versions import (
     abandon_reload,
     current_config,
-    refresh_copies,
-    stable_addresses,
+    reloading,
     unprocessed_loaders,
 )
 
@@ -75,13 +75,8 @@ def load_tensors(worker: Any, tensors: Iterable[NamedTensor], layout: Sequence[T
         Exception: whatever `tensors` or vLLM raises. The engine then holds some new and some old weights.
     """
     model = worker.model_runner.get_model()
-    with current_config(worker), stable_addresses(model), torch.no_grad():
-        try:
-            worker.reload_weights(weights_iterator=as_announced(tensors, layout))
-            refresh_copies(model)
-        except BaseException:
-            abandon_reload(model, worker.model_config)
-            raise
+    with reloading(worker, model):
+        worker.reload_weights(weights_iterator=as_announced(tensors, layout))
 
 
 def as_announced(tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> Iterator[NamedTensor]:
