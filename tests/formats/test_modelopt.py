@@ -265,7 +265,7 @@ def test_the_command_converts_and_refuses_an_occupied_folder(llama_dir, tmp_path
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_vllm_generates_the_same_from_both_dialects(tmp_path):
-    from rollout.test_sync import generate, make_engine, release_engines, save
+    from rollout.vllm.test_sync import generate, make_engine, release_engines, save
 
     changes = {**SIZES, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     save(tiny_llama(**changes), tmp_path / "source")

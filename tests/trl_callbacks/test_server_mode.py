@@ -4,14 +4,15 @@ takes what came out of them. HTTP and NCCL are stood in for; on GPUs the whole o
 import pytest
 import torch
 from conftest import SMALL_ENGINE, load_qat
-from rollout.test_server import answering
+from rollout.vllm.test_server import answering
 from trl_callbacks.test_callback import folder, logged, make_trainer, rollouts  # noqa: F401
 
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations
 from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import check, engine_arguments, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import refresh_copies
+from hf_nvfp4_qat.rollout.sync import check, engine_arguments
+from hf_nvfp4_qat.rollout.vllm.engine import worker_of
+from hf_nvfp4_qat.rollout.vllm.versions import refresh_copies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
