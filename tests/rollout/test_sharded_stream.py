@@ -13,7 +13,7 @@ from rollout.test_engine import Store, StoreEngine
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
+from hf_nvfp4_qat import NVFP4QATConfig, fake_quantize_nvfp4, prepare_qat
 from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
@@ -40,12 +40,13 @@ def _push(make, rank: int) -> tuple:
         sent.append(part.nbytes)
         return all_gather(output, part, group=group, **kwargs)
 
-    equal = []
+    equal, sent, observed = [], [], []
     for _ in range(2):
         _train(whole)
         _train(sharded)
         stream, expected = RolloutStream(sharded), RolloutStream(whole)
-        sent, observed = [], []
+        sent.clear()
+        observed.clear()
         dist.all_gather_into_tensor = counted
         tensors = list(stream.tensors(lambda name, weight, packed: observed.append((name, weight, packed))))
         dist.all_gather_into_tensor = all_gather
@@ -79,6 +80,26 @@ def _push(make, rank: int) -> tuple:
 def test_an_fsdp2_model_pushes_what_the_whole_model_would(make, num_tensors, num_packed):
     results = in_processes(partial(_push, make))
     assert results[0] == results[1] == (True, num_tensors, True, True, num_packed, True, (2, True))
+
+
+def _push_after_one_that_broke_off(rank: int) -> bool:
+    config = NVFP4QATConfig(exclude=["re:.*experts$"])
+    whole, sharded = (prepare_qat(tiny_qwen3_moe(num_experts=4), config) for _ in range(2))
+    fully_shard(sharded)
+    for name, _ in RolloutStream(sharded):
+        if ".experts.1." in name:
+            break
+    _train(whole)
+    _train(sharded)
+    return all(
+        name == other and torch.equal(tensor, its)
+        for (name, tensor), (other, its) in zip(RolloutStream(sharded), RolloutStream(whole), strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_experts_that_a_broken_push_has_gathered_are_not_pushed_later():
+    assert in_processes(_push_after_one_that_broke_off) == [True, True]
 
 
 # A process that fails does not hold up the others, and all of them learn of it
