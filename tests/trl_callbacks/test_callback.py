@@ -454,7 +454,7 @@ class OwnWay(Trainer):
 
     def prediction_step(self, *args, **kwargs):
         self.generated += 1
-        return (torch.zeros(()), None, None)
+        return (torch.zeros((), device=self.args.device), None, None)
 
     def training_step(self, *args, **kwargs):
         raise AssertionError("trained")
