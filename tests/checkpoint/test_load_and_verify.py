@@ -169,6 +169,20 @@ def test_tensors_without_dims_verify_against_their_model(tmp_path):
 def test_another_models_checkpoint_does_not_verify(packed, qwen3_dir):
     report = verify_nvfp4(packed[1], load_qat(qwen3_dir))
     assert any("model.layers.0.mlp.up_proj.weight_packed: differs from the model's" in p for p in report.problems)
+    assert {finding.rule for finding in report.findings} == {"another-model"} and "error: another-model: " in str(
+        report
+    )
+    assert report.num_compared == report.num_tensors - len(report.findings)
+
+
+def test_verify_names_what_only_the_model_or_only_the_checkpoint_has(damaged, qwen3_dir):
+    path, tensors = damaged
+    tensors["mine"] = tensors.pop("model.norm.weight")
+    rewrite(path, tensors)
+    report = verify_nvfp4(path, load_qat(qwen3_dir))
+    assert "model.norm.weight: the model has it, the checkpoint does not" in report.problems
+    assert "mine: the checkpoint has it, the model does not" in report.problems
+    assert "not good" in str(report)
 
 
 def set_tensor(suffix, change):
