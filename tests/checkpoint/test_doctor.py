@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -879,9 +878,7 @@ def test_a_hostile_architecture_is_not_built(change, healthy, tmp_path):
     path = copy_of(healthy, "ours", tmp_path / "copy")
     (path / "evil.py").write_text("raise SystemExit('run')")
     config(**change)(path)
-    start = time.monotonic()
     assert {finding.rule for finding in examine(path).findings} & {"not-compared", "bad-config"}
-    assert time.monotonic() - start < 10
 
 
 def test_of_what_config_json_names_only_models_are_called(healthy, tmp_path, monkeypatch):
