@@ -73,16 +73,24 @@ def seed(request: pytest.FixtureRequest) -> int:
     return request.config.option.seed
 
 
+def tiers_left_out(config: pytest.Config) -> tuple[str, ...]:
+    """Markers of tests that nobody asked for: of all but the fast tier, unless `-m`, `-k`, a file or a test says so."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return ()
+    if config.option.keyword or any(argument.endswith(".py") for argument in config.args):
+        return ("nightly",)
+    return ("slow", "vllm", "peers", "nightly")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what was not asked for; skip what this machine has not got, and say so.
 
-    Without `-m` and without a file or a test named, only the fast tier runs. vLLM's tests run last, since an engine
-    changes its process.
+    vLLM's tests run last, since an engine changes its process.
     """
-    if not config.option.markexpr and not any(".py" in argument for argument in config.args):
-        is_fast = [not any(map(item.get_closest_marker, ("slow", "vllm", "peers", "nightly"))) for item in items]
-        config.hook.pytest_deselected(items=[item for item, fast in zip(items, is_fast, strict=True) if not fast])
-        items[:] = [item for item, fast in zip(items, is_fast, strict=True) if fast]
+    left_out = tiers_left_out(config)
+    is_wanted = [not any(map(item.get_closest_marker, left_out)) for item in items]
+    config.hook.pytest_deselected(items=[item for item, wanted in zip(items, is_wanted, strict=True) if not wanted])
+    items[:] = [item for item, wanted in zip(items, is_wanted, strict=True) if wanted]
     for item in items:
         if item.get_closest_marker("vllm") and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
