@@ -228,6 +228,6 @@ def test_grpo_saves_a_checkpoint_of_what_it_trained(examples, model_dir, tmp_pat
         "--enforce_eager", "True", "--use_cpu", "True", "--bf16", "False", "--report_to", "none",
         "--save_strategy", "no",
     )  # fmt: skip
-    assert "14 layers" in output
+    assert "14 packed layers, 52 tensors: good, 52 tensors equal to the model's" in output
     report = verify_nvfp4(tmp_path / "trained")
     assert report.ok and report.num_layers == 14
