@@ -47,7 +47,7 @@ def main() -> None:
 
     stop("global scale", "modules/global_scale.py: one power of two, shared by gate_proj and up_proj")
     show("global_decode_scale", layer.global_decode_scale)
-    print(f"   = 2^{int(layer.global_decode_scale.log2())}, group {layer.scale_group!r}")
+    print(f"   = 2^{int(layer.global_decode_scale.log2())}, group {layer.nvfp4_weight.scale_group!r}")
 
     stop("forward", "modules/linear.py -> numerics/quantize.py: quantize, decode, F.linear")
     show("what forward multiplies with", layer.fake_quantized_weight())

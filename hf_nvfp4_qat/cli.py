@@ -54,7 +54,7 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        from hf_nvfp4_qat.checkpoint.findings import printable
+        from hf_nvfp4_qat.formats.files import printable
 
         # Markup and control characters in it may be a stranger's.
         message = escape(printable(" ".join(str(error).split()), longest=4000))
@@ -77,7 +77,7 @@ def _progress_bar() -> Iterator:
 
 
 def _refuse_occupied(destination: Path, overwrite: bool) -> None:
-    from hf_nvfp4_qat.checkpoint.files import PARTIAL_SUFFIX
+    from hf_nvfp4_qat.formats.files import PARTIAL_SUFFIX
 
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"A checkpoint is a directory; {destination} is a file. Choose another name.")
@@ -321,7 +321,7 @@ def push(
 ) -> None:
     """Publish a packed checkpoint with a model card, in one commit."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.publish import publish_checkpoint
+        from hf_nvfp4_qat.hub.publish import publish_checkpoint
 
         commit = publish_checkpoint(
             path,
@@ -341,7 +341,7 @@ def push(
 def verify(path: Source) -> None:
     """Check a packed checkpoint tensor by tensor; exit code 2 if a loader would fail or serve other weights."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
+        from hf_nvfp4_qat.doctor.verify import verify_nvfp4
 
         report = verify_nvfp4(path)
     console.print(str(report), soft_wrap=True, highlight=False, markup=False)
@@ -358,9 +358,9 @@ def doctor(
 ) -> None:
     """Say what will go wrong with an NVFP4 checkpoint, where, and what to do; exit code 1 if anything does."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.doctor import examine
-        from hf_nvfp4_qat.checkpoint.findings import printable
-        from hf_nvfp4_qat.checkpoint.repair import repair
+        from hf_nvfp4_qat.doctor.examine import examine
+        from hf_nvfp4_qat.doctor.repair import repair
+        from hf_nvfp4_qat.formats.files import printable
 
         diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
         fixed, reason = [], ""
@@ -399,7 +399,7 @@ def inspect(
 ) -> None:
     """Show what NVFP4 does to each layer of a packed checkpoint, or would do to an unquantized one."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.inspect import fold_experts, inspect_checkpoint, plot_layers
+        from hf_nvfp4_qat.checkpoint.layer_report import fold_experts, inspect_checkpoint, plot_layers
 
         with _progress_bar() as advance:
             layers = inspect_checkpoint(path, original=original, scale_rule=scale_rule, progress=advance)

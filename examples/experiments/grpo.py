@@ -198,7 +198,7 @@ def run(settings: dict, kind: str, seed: int, start: Path, output: Path) -> None
         for layer in model.modules():
             if isinstance(layer, QATLinear):
                 # What one gets from quantizing the rollouts alone: the trainer computes with other weights.
-                layer.weight_is_fake_quantized = True
+                layer.nvfp4_weight.is_quantized = False
     tokenizer = AutoTokenizer.from_pretrained(start, padding_side="left")
     divergence = distil(model, tokenizer, settings, seed, output) if options.get("distil") else {}
     trainer = GRPOTrainer(

@@ -17,40 +17,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import (
-    CARD_FILE,
-    CONFIG_FILE,
-    HF_QUANT_CONFIG,
-    INDEX_FILE,
-    CheckpointReader,
-    StagedFiles,
-    files_beside_weights,
-    resolve_checkpoint,
-    staged_files,
-)
-from hf_nvfp4_qat.checkpoint.findings import printable
 from hf_nvfp4_qat.checkpoint.load import (
     check_holds_no_codes,
     check_nothing_missing,
     check_packed,
     check_unquantized,
-)
-from hf_nvfp4_qat.checkpoint.modelopt import (
-    ModelOptReader,
-    from_modelopt,
-    modelopt_config_files,
-    open_checkpoint,
-    to_modelopt,
-    unpacked_layers,
-    unpacked_matrices,
-)
-from hf_nvfp4_qat.checkpoint.names import (
-    PACKED,
-    SERVED_DTYPE,
-    from_checkpoint,
-    layer_of,
-    packed_tensors,
-    quantized_layers,
 )
 from hf_nvfp4_qat.checkpoint.save import (
     DEFAULT_SHARD_SIZE,
@@ -61,7 +32,38 @@ from hf_nvfp4_qat.checkpoint.save import (
     write_weights,
 )
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, missing_tensors, skeleton
-from hf_nvfp4_qat.checkpoint.stream import TensorSource, served_dtype, shared_scales
+from hf_nvfp4_qat.checkpoint.sources import LinearSource, PlainSource, Source
+from hf_nvfp4_qat.checkpoint.stream import served_dtype, shared_scales
+from hf_nvfp4_qat.formats.files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DTYPES,
+    HF_QUANT_CONFIG,
+    INDEX_FILE,
+    CheckpointReader,
+    StagedFiles,
+    files_beside_weights,
+    printable,
+    resolve_checkpoint,
+    staged_files,
+)
+from hf_nvfp4_qat.formats.modelopt import (
+    ModelOptReader,
+    from_modelopt,
+    modelopt_config_files,
+    open_checkpoint,
+    to_modelopt,
+    unpacked_layers,
+    unpacked_matrices,
+)
+from hf_nvfp4_qat.formats.names import (
+    PACKED,
+    SERVED_DTYPE,
+    from_checkpoint,
+    layer_of,
+    packed_tensors,
+    quantized_layers,
+)
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
 
@@ -70,16 +72,10 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, weights done, weights in all)."""
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
 
 def ptq_sources(
     directory: Path, recipe: Recipe, *, progress: Progress, trust_remote_code: bool = False
-) -> tuple[list[TensorSource], PreTrainedModel, CheckpointReader]:
+) -> tuple[list[Source], PreTrainedModel, CheckpointReader]:
     """What post-training quantization makes of an unquantized checkpoint: sources, skeleton and reader.
 
     Raises:
@@ -104,23 +100,16 @@ def ptq_sources(
     scales = shared_scales(found, progress=lambda num_done: progress("reading scales", num_done, len(found)))
     # Where linears have 16 bits, what has 32 was given them on purpose; matrices are most of the bytes, and stay out.
     is_mixed = all(reader.layout(name)[0] != "F32" for name in selected & set(reader.names))
-    sources = [
-        TensorSource(
-            name=name,
-            shape=reader.layout(name)[1],
-            dtype=served_dtype(
-                model,
-                name,
-                _dtype(reader, name),
-                keeps_float32=is_mixed and not _is_matrix(name, reader.layout(name)[1]),
-            ),
-            module_name=module_names.get(name),
-            load=partial(reader.get_tensor, name),
-            global_decode_scale=partial(scales.__getitem__, layer_of(name)) if name in selected else None,
-            scale_rule=recipe.scale_rule,
-        )
-        for name in reader.names
-    ]
+    sources: list[Source] = []
+    for name in reader.names:
+        shape, read = reader.layout(name)[1], partial(reader.get_tensor, name)
+        if name in selected:
+            scale = partial(scales.__getitem__, layer_of(name))
+            sources.append(LinearSource(name, shape, module_names.get(name), read, scale, recipe.scale_rule))
+        else:
+            keeps_float32 = is_mixed and not _is_matrix(name, shape)
+            dtype = served_dtype(model, name, _dtype(reader, name), keeps_float32=keeps_float32)
+            sources.append(PlainSource(name, shape, module_names.get(name), read, dtype))
     if len(found) != len(selected):
         raise ValueError(
             f"All {len(selected)} weights to quantize must be in the checkpoint under the names that published "
@@ -191,15 +180,15 @@ def dequantize_checkpoint(
         check_nothing_missing(reader.directory, type(model), missing_tensors(model, reader.names))
     layers = quantized_layers(reader.names)
     replaced = packed_tensors(layers)
-    sources = [
-        TensorSource(name, reader.layout(name)[1], _dtype(reader, name), None, partial(reader.get_tensor, name))
+    sources: list[Source] = [
+        PlainSource(name, reader.layout(name)[1], None, partial(reader.get_tensor, name), _dtype(reader, name))
         for name in reader.names
         if name not in replaced
     ]
     for layer in layers:
         rows, half_columns = reader.layout(f"{layer}.{PACKED}")[1]
-        load = partial(_decode, layer, reader)
-        sources.append(TensorSource(f"{layer}.weight", (rows, 2 * half_columns), SERVED_DTYPE, None, load))
+        read = partial(_decode, layer, reader)
+        sources.append(PlainSource(f"{layer}.weight", (rows, 2 * half_columns), None, read, SERVED_DTYPE))
     config = {key: value for key, value in reader.config().items() if key != "quantization_config"}
     files = plan_files(sources, max_shard_size=max_shard_size)
     with staged_files(destination) as staged:
@@ -276,11 +265,11 @@ def _decode(layer: str, reader: CheckpointReader) -> torch.Tensor:
 
 def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
     stored = reader.layout(name)[0]
-    if stored not in _SAFETENSORS_DTYPES:
+    if stored not in DTYPES:
         raise ValueError(
             f"Unquantized tensors are copied in a dtype of torch; {name} is stored as {stored}. Convert it first."
         )
-    return _SAFETENSORS_DTYPES[stored]
+    return DTYPES[stored]
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:

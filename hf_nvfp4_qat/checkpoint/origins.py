@@ -14,41 +14,45 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from hf_nvfp4_qat.sharding.parts import full_tensor
+
 
 @dataclass(frozen=True)
-class ExpertPart:
-    """What of a fused weight ``[E, N, K]`` a checkpoint holds under a name of its own: some rows of one expert."""
+class Part:
+    """What a checkpoint holds under one name.
+
+    Attributes:
+        name: checkpoint name.
+        module_name: name of the weight in the model's state dict; None if it is computed from several weights.
+        shape: of the tensor; of a computed one, that of what the stand-ins gave.
+    """
 
     name: str
+    module_name: str | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ExpertPart(Part):
+    """Some rows of one of the fused experts ``[E, N, K]``.
+
+    Attributes:
+        expert, rows: which.
+    """
+
     expert: int
     rows: slice
 
-    @property
-    def num_rows(self) -> int:
-        """How many rows."""
-        return self.rows.stop - self.rows.start
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a checkpoint tensor comes from.
-
-    Attributes:
-        module_name: name in the model's state dict; None if it is computed from several weights.
-        shape: of the tensor; of a computed one, that of what the stand-ins gave.
-        part: which part of the fused weight `module_name` it is; None if it is all of one.
-    """
-
-    module_name: str | None
-    shape: tuple[int, ...]
-    part: ExpertPart | None = None
+    def of(self, weight: torch.Tensor) -> torch.Tensor:
+        """This part of all experts; a view."""
+        return weight[self.expert, self.rows]
 
 
 # By model: shapes, conversions, and what they led to.
-_known: "WeakKeyDictionary[nn.Module, tuple[dict, object, dict[str, Origin]]]" = WeakKeyDictionary()
+_known: "WeakKeyDictionary[nn.Module, tuple[dict, object, dict[str, Part]]]" = WeakKeyDictionary()
 
 
-def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, Origin]:
+def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
     """Checkpoint name to where it comes from; worked out once for a model and the names and shapes of its weights.
 
     Args:
@@ -59,7 +63,7 @@ def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) ->
 
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if not isinstance(model, PreTrainedModel):
-        return {name: Origin(name, shape) for name, shape in shapes.items()}
+        return {name: Part(name, name, shape) for name, shape in shapes.items()}
     # Loading notes the conversions that it used.
     conversions = getattr(model, "_weight_conversions", None)
     known_shapes, known_conversions, origins = _known.get(model, ({}, None, {}))
@@ -70,9 +74,26 @@ def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) ->
     return origins
 
 
+def computed_tensors(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], origins: dict[str, Part]
+) -> dict[str, torch.Tensor]:
+    """Checkpoint name to value of what is computed from several weights; sharded ones are gathered for it.
+
+    Args:
+        model, weights: as ``checkpoint_origins``, whose answer `origins` is.
+    """
+    found = {part.module_name for part in origins.values()}
+    computed_from = {name: full_tensor(weights[name]) for name in weights if name not in found}
+    if not computed_from:
+        return {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, computed_from)  # type: ignore[arg-type]
+
+
 def _reversed_loading(
     model: nn.Module, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
-) -> dict[str, Origin]:
+) -> dict[str, Part]:
     from transformers.core_model_loading import revert_weight_conversion
 
     stand_ins = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
@@ -80,8 +101,8 @@ def _reversed_loading(
     rows = _RowNumbers({name: shape for name, shape in shapes.items() if len(shape) == 3})
     origins = {}
     for name, tensor in revert_weight_conversion(model, {**stand_ins, **rows.stand_ins}).items():  # type: ignore[arg-type]
-        origin = rows.locate(name, tensor)
-        origins[name] = origin or Origin(module_names.get(id(tensor)), tuple(tensor.shape))
+        part = rows.locate(name, tensor)
+        origins[name] = part or Part(name, module_names.get(id(tensor)), tuple(tensor.shape))
     return origins
 
 
@@ -100,21 +121,20 @@ class _RowNumbers:
             for name, start, end in zip(shapes, self._starts, ends, strict=True)
         }
 
-    def locate(self, name: str, tensor: torch.Tensor) -> Origin | None:
+    def locate(self, name: str, tensor: torch.Tensor) -> Part | None:
         """Where what came out under `name` comes from; None if it is made of other tensors."""
         if tensor.device.type == "meta" or tensor.dtype != torch.int64 or not self._names:
             return None
         first = int(tensor.view(-1)[0]) if tensor.is_contiguous() else -1
         if first < 0:
-            return Origin(None, tuple(tensor.shape))
+            return Part(name, None, tuple(tensor.shape))
         index = bisect_right(self._starts, first) - 1
         module_name = self._names[index]
         num_experts, num_rows, num_columns = self._shapes[module_name]
         if tensor is self.stand_ins[module_name]:
-            return Origin(module_name, (num_experts, num_rows, num_columns))
+            return Part(name, module_name, (num_experts, num_rows, num_columns))
         expert, row = divmod(first - self._starts[index], num_rows)
         rows = self._numbers[first : first + len(tensor)]
         if tensor.shape != rows.shape or row + len(tensor) > num_rows or not torch.equal(tensor, rows):
-            return Origin(None, tuple(tensor.shape))
-        part = ExpertPart(name, expert, slice(row, row + len(tensor)))
-        return Origin(module_name, (len(tensor), num_columns), part)
+            return Part(name, None, tuple(tensor.shape))
+        return ExpertPart(name, module_name, (len(tensor), num_columns), expert, slice(row, row + len(tensor)))

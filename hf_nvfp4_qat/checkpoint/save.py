@@ -20,24 +20,24 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.files import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    StagedFiles,
-    replaced_weights,
-    staged_files,
-)
-from hf_nvfp4_qat.checkpoint.modelopt import modelopt_config_files, to_modelopt
-from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.checkpoint.skeleton import tied_copies
+from hf_nvfp4_qat.checkpoint.sources import LinearSource, Source
 from hf_nvfp4_qat.checkpoint.stream import (
-    TensorSource,
     ignored_layers,
     is_tied,
     packed_sources,
     wrong_tied_settings,
 )
 from hf_nvfp4_qat.distributed.gather import on_main_process, reshard
+from hf_nvfp4_qat.formats.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    StagedFiles,
+    replaced_weights,
+    staged_files,
+)
+from hf_nvfp4_qat.formats.modelopt import modelopt_config_files, to_modelopt
+from hf_nvfp4_qat.formats.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
 
@@ -110,7 +110,7 @@ def save_nvfp4(
         return staged.names + _save_remote_code(model, path)
 
     weights = packed_weights(files)
-    if any(source.shard is not None for source in sources):
+    if any(source.is_sharded for source in sources):
         return on_main_process(write, weights)
     return write(weights)
 
@@ -125,7 +125,7 @@ def check_dialect(dialect: str) -> None:
         raise ValueError(f"`dialect` is one of {', '.join(DIALECTS)}; got {dialect!r}.")
 
 
-def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[TensorSource]) -> dict[str, Any]:
+def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[Source]) -> dict[str, Any]:
     """The config.json of a packed checkpoint.
 
     Args:
@@ -140,7 +140,7 @@ def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[Tensor
         part.tie_word_embeddings = tied
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     config.dtype = str(SERVED_DTYPE).removeprefix("torch.")
-    quantized = next((source for source in sources if source.is_quantized), None)
+    quantized = next((source for source in sources if isinstance(source, LinearSource)), None)
     config.quantization_config = quantization_config(
         ignored_layers(model, sources),
         scale_rule=quantized.scale_rule if quantized else "amax",
@@ -149,16 +149,16 @@ def packed_config(config: Any, *, model: "PreTrainedModel", sources: list[Tensor
     return config.to_diff_dict()
 
 
-def _has_another_head(model: "PreTrainedModel", sources: list[TensorSource]) -> bool:
+def _has_another_head(model: "PreTrainedModel", sources: list[Source]) -> bool:
     """Whether a checkpoint whose config says that the head is the embedding holds another matrix as head."""
     by_name = {source.name: source for source in sources if not source.is_quantized}
     if all(source.module_name for source in by_name.values()):
         return False  # every tensor is one of the model, which has one for both
     copies = tied_copies(model, by_name).items()
-    return any(not torch.equal(by_name[name].load(), by_name[other].load()) for name, other in copies)
+    return any(not torch.equal(by_name[name].master(), by_name[other].master()) for name, other in copies)
 
 
-def plan_files(sources: list[TensorSource], *, max_shard_size: int | str) -> dict[str, list[TensorSource]]:
+def plan_files(sources: list[Source], *, max_shard_size: int | str) -> dict[str, list[Source]]:
     """Which weights go into which file, in the order in which they are written.
 
     Args:
@@ -174,13 +174,13 @@ def plan_files(sources: list[TensorSource], *, max_shard_size: int | str) -> dic
     return {file: [by_name[name] for name in names] for file, names in plan.filename_to_tensors.items()}
 
 
-def packed_weights(files: dict[str, list[TensorSource]]) -> Iterator[dict[str, torch.Tensor]]:
+def packed_weights(files: dict[str, list[Source]]) -> Iterator[dict[str, torch.Tensor]]:
     """The tensors of each weight, packed when asked for, in the order of the plan; after an error it goes on."""
-    return map(TensorSource.tensors, chain.from_iterable(files.values()))
+    return map(lambda source: source.tensors(), chain.from_iterable(files.values()))
 
 
 def write_weights(
-    files: dict[str, list[TensorSource]],
+    files: dict[str, list[Source]],
     weights: Iterator[dict[str, torch.Tensor]],
     staged: StagedFiles,
     *,
@@ -341,7 +341,7 @@ def _gathered(model: "PreTrainedModel") -> Iterator[tuple[list[str], torch.Tenso
 def is_sharded_model(model: "PreTrainedModel") -> bool:
     """Whether it takes every process to save a QAT model, since each has a part of its weights only."""
     reshard(model)
-    return any(is_sharded(layer.weight) for layer in qat_weights(model).values())
+    return any(is_sharded(weight.master) for weight in qat_weights(model).values())
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, read_json_object
-from hf_nvfp4_qat.checkpoint.names import OF_AN_EXPERT, layer_of, packed_tensors, quantized_layers
-from hf_nvfp4_qat.checkpoint.stream import CheckpointEntry, checkpoint_entries, unique_weights
+from hf_nvfp4_qat.checkpoint.origins import Part, checkpoint_origins, computed_tensors
+from hf_nvfp4_qat.checkpoint.stream import unique_weights
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, read_json_object
+from hf_nvfp4_qat.formats.names import OF_AN_EXPERT, layer_of, packed_tensors, quantized_layers
 
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 SKIPPED = ("rotary_emb.inv_freq", *CACHE_SCALES)
@@ -124,13 +126,13 @@ def checkpoint_names(model: PreTrainedModel, stored: Collection[str]) -> dict[st
         stored: names of the tensors in its checkpoint. Loaders read a weight under its module name too, and what is
             stored so has that name here.
     """
-    entries = _entries(model, stored)
-    return {name: entry.module_name for name, entry in entries.items() if entry.module_name is not None}
+    parts = _parts(model, stored)
+    return {name: part.module_name for name, part in parts.items() if part.module_name is not None}
 
 
 def checkpoint_shapes(model: PreTrainedModel, stored: Collection[str]) -> dict[str, tuple[int, ...]]:
     """Checkpoint name to shape of every tensor an unquantized checkpoint has; arguments as for ``checkpoint_names``."""
-    return {name: entry.shape for name, entry in _entries(model, stored).items()}
+    return {name: part.shape for name, part in _parts(model, stored).items()}
 
 
 def linear_weights(model: PreTrainedModel, stored: Collection[str]) -> dict[str, str]:
@@ -153,10 +155,10 @@ def missing_tensors(model: PreTrainedModel, stored: Collection[str]) -> list[str
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     return [
         name
-        for name, entry in _entries(model, stored).items()
+        for name, part in _parts(model, stored).items()
         if name not in known
-        and not known & families.get(entry.module_name or name, set())
-        and not any(pattern.search(entry.module_name or name) for pattern in ignored)
+        and not known & families.get(part.module_name or name, set())
+        and not any(pattern.search(part.module_name or name) for pattern in ignored)
     ]
 
 
@@ -193,17 +195,22 @@ def unused_tensors(model: PreTrainedModel, stored: Collection[str]) -> list[str]
     """
     layers = quantized_layers(list(stored))
     tied = {*model.all_tied_weights_keys, *tied_copies(model, stored)}
-    known = {*_entries(model, stored), *tied, *packed_tensors(layers)}
+    known = {*_parts(model, stored), *tied, *packed_tensors(layers)}
     weights = [*(name for name in stored if name not in known), *(f"{layer}.weight" for layer in layers)]
     return [name for name in weights if name not in known and not name.endswith(SKIPPED)]
 
 
-def _entries(model: PreTrainedModel, stored: Collection[str]) -> dict[str, CheckpointEntry]:
+def _parts(model: PreTrainedModel, stored: Collection[str]) -> dict[str, Part]:
     known = {*stored, *(f"{layer}.weight" for layer in quantized_layers(list(stored)))}
     found = {}
-    for name, entry in checkpoint_entries(model, unique_weights(model, model.state_dict())).items():
-        other = entry.module_name or name
-        if part := OF_AN_EXPERT.fullmatch(name):
-            other = f"{other.rpartition('.')[0]}.{part[2]}.{part[3]}"
-        found[other if other in known and name not in known else name] = entry
+    weights = unique_weights(model, model.state_dict())
+    parts = checkpoint_origins(model, weights)
+    computed = computed_tensors(model, weights, parts)
+    for name, part in parts.items():
+        if name in computed:
+            part = replace(part, shape=tuple(computed[name].shape))
+        other = part.module_name or name
+        if expert := OF_AN_EXPERT.fullmatch(name):
+            other = f"{other.rpartition('.')[0]}.{expert[2]}.{expert[3]}"
+        found[other if other in known and name not in known else name] = part
     return found

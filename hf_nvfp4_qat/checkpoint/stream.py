@@ -7,132 +7,31 @@ arrival: a packer keyed on module names once packed nothing and wrote a packed c
 
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, checkpoint_layout, ignored_in_vllm, layer_of, to_checkpoint
-from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins
+from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins, computed_tensors
+from hf_nvfp4_qat.checkpoint.sources import (
+    ExpertsSource,
+    LinearSource,
+    PlainSource,
+    ShardedExpertsSource,
+    ShardedSource,
+    Source,
+)
 from hf_nvfp4_qat.distributed.gather import reshard
+from hf_nvfp4_qat.formats.names import SERVED_DTYPE, ignored_in_vllm, layer_of
 from hf_nvfp4_qat.modules.calibration import check_calibrated
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.global_scale import scales_of
-from hf_nvfp4_qat.modules.linear import refuse_computed_weight
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
-from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax, quantize_nvfp4
-from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-from hf_nvfp4_qat.sharding.packed import gather_packed
+from hf_nvfp4_qat.modules.weights import TrainedWeight, refuse_computed_weight
+from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
-
-
-@dataclass(frozen=True)
-class CheckpointEntry:
-    """A checkpoint tensor and what it is made of.
-
-    Attributes:
-        module_name: name in the model's state dict; None if it is computed from several weights.
-        shape: of the tensor.
-        load: reads it, whole; gathers it if it is sharded.
-        parts: of a fused weight that is one entry with all its parts, these.
-    """
-
-    module_name: str | None
-    shape: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
-    parts: tuple[ExpertPart, ...] = ()
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """One weight on its way to a checkpoint.
-
-    Attributes:
-        name: checkpoint name, ``....weight`` for a quantized one; of fused experts, which have many, the module's name.
-        shape: of the unquantized tensor.
-        dtype: the dtype it is written in, if not quantized.
-        module_name: its name in the model's state dict; None if it was computed from several weights.
-        load: reads the unquantized tensor, whole; gathers it if it is sharded.
-        global_decode_scale: reads the float32 ``[]`` or ``[E]`` scale to quantize with; None for what stays as it is.
-        shard: reads the DTensor of a quantized weight that is sharded; None for one that is not.
-        parts: of quantized fused experts, the checkpoint's parts of it.
-        scale_rule: how block scales are chosen.
-        input_amax: of a layer with NVFP4 inputs, reads the largest, float32 ``[]``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    module_name: str | None
-    load: Callable[[], torch.Tensor]
-    global_decode_scale: Callable[[], torch.Tensor] | None = None
-    shard: Callable[[], torch.Tensor] | None = None
-    parts: tuple[ExpertPart, ...] = ()
-    scale_rule: str = "amax"
-    input_amax: Callable[[], torch.Tensor] | None = None
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether this weight is packed."""
-        return self.global_decode_scale is not None
-
-    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Checkpoint name to (dtype, shape) of what this weight becomes."""
-        if not self.is_quantized:
-            return {self.name: (self.dtype, self.shape)}
-        if not self.parts:
-            return checkpoint_layout(layer_of(self.name), self.shape, quantizes_input=self.input_amax is not None)
-        layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        for part in self.parts:
-            layout |= checkpoint_layout(layer_of(part.name), (part.num_rows, self.shape[-1]))
-        return layout
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the checkpoint."""
-        return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout().values())
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Load and, if quantized, pack: checkpoint name to tensor, on the device of the weight.
-
-        Of a sharded weight every process gets all of it.
-
-        Raises:
-            ValueError: infinities or NaNs in a weight to be quantized; the message names it.
-        """
-        if self.global_decode_scale is None:
-            return {self.name: self.load().detach().to(self.dtype).contiguous()}
-        scale = self.global_decode_scale()
-        if self.shard is not None:
-            # Its amax was taken over all shards, so every process comes to the same verdict.
-            if not scale.isfinite().all():
-                raise ValueError(
-                    f"{self.name} cannot be packed. It, or a fused sibling, holds an infinity or a NaN: go back to an "
-                    "earlier checkpoint."
-                )
-            return self.under_checkpoint_names(gather_packed([self.shard()], [scale], self.scale_rule)[0])
-        try:
-            packed = quantize_nvfp4(self.load().detach(), global_decode_scale=scale, scale_rule=self.scale_rule)
-        except ValueError as error:
-            raise ValueError(f"{self.name} cannot be packed. {error}") from error
-        return self.under_checkpoint_names(packed)
-
-    def under_checkpoint_names(self, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
-        """Checkpoint name to tensor of this weight in NVFP4; views, of fused experts."""
-        if not self.parts:
-            input_scale = None if self.input_amax is None else global_decode_scale_of_amax(self.input_amax())
-            return to_checkpoint(layer_of(self.name), packed, input_scale)
-        tensors: dict[str, torch.Tensor] = {}
-        for part in self.parts:
-            place = (part.expert, part.rows)
-            weight = NVFP4Tensor(
-                packed.packed[place], packed.block_scale[place], packed.global_decode_scale[part.expert]
-            )
-            tensors |= to_checkpoint(layer_of(part.name), weight)
-        return tensors
 
 
 def packed_sources(
@@ -140,8 +39,8 @@ def packed_sources(
     *,
     state_dict: dict[str, torch.Tensor] | None = None,
     live: bool = False,
-) -> list[TensorSource]:
-    """Every tensor of a packed checkpoint of `model`, in checkpoint order, still to be loaded and packed.
+) -> list[Source]:
+    """Every tensor of a packed checkpoint of `model`, in checkpoint order, still to be read and packed.
 
     Reads the global scales of the model, after refreshing them; for given weights they are computed from those.
 
@@ -149,60 +48,100 @@ def packed_sources(
         model: a QAT model; a ``PreTrainedModel`` for checkpoint names other than its module names.
         state_dict: full master weights by module name, if they are not to be taken from the model: FSDP gathers them,
             and an average of weights is none of the model's.
-        live: take parameters and buffers as they are, without the state dict that Transformers would save.
+        live: take parameters and buffers as they are, without the state dict that Transformers would save. Sources
+            then read what the model holds at the time, so they can be read again after each step.
 
     Raises:
         ValueError: the number of quantized tensors is not the number of QAT weights; a weight is computed from other
             tensors; inputs are to be quantized, and some layer has seen none; the model has PEFT adapters.
     """
-    _refuse_adapters(model)
+    make_ready(model, refresh=state_dict is None)
     quantized = {plain_name(name): weight for name, weight in qat_weights(model).items()}
-    reshard(model)
+    weights: Mapping[str, torch.Tensor]
     if live:
-        weights = live_weights(model)
+        weights = LiveWeights(model)
     else:
         weights = unique_weights(model, model.state_dict() if state_dict is None else state_dict)
     for name, weight in quantized.items():
-        if state_dict is None and name not in weights and not isinstance(weight.weight, nn.Parameter):
+        if state_dict is None and name not in weights and not isinstance(weight.master, nn.Parameter):
             refuse_computed_weight(layer_of(name))
-    layers = qat_modules(model)
-    check_calibrated(layers)
-    input_amaxes = {
-        f"{plain_name(name)}.weight": weights.pop(f"{plain_name(name)}.input_amax", layer.input_amax)
-        for name, layer in layers.items()
-        if layer.input_amax is not None
-    }
-    if state_dict is None:
-        for groups in scales_of(quantized.values()):
-            groups.refresh()
-        scales = {layer_of(name): weight.global_decode_scale for name, weight in quantized.items()}
-    else:
-        given = {layer_of(name): partial(state_dict.__getitem__, name) for name in quantized if name in state_dict}
-        scales = shared_scales(given)
-    sources = []
-    for name, entry in checkpoint_entries(model, weights, together=set(quantized)).items():
-        module_name = entry.module_name or ""
-        dtype = weights[module_name].dtype if module_name else entry.load().dtype
-        is_quantized = module_name in quantized
-        shard = None
-        if is_quantized and is_sharded(weights[module_name]):
-            shard = partial(weights.__getitem__, module_name)
-        sources.append(
-            TensorSource(
-                name=name,
-                shape=entry.shape,
-                dtype=served_dtype(model, name, dtype),
-                module_name=entry.module_name,
-                load=entry.load,
-                global_decode_scale=partial(scales.__getitem__, layer_of(module_name)) if is_quantized else None,
-                shard=shard,
-                parts=entry.parts,
-                scale_rule=quantized[module_name].scale_rule if is_quantized else "amax",
-                input_amax=partial(input_amaxes.__getitem__, module_name) if module_name in input_amaxes else None,
-            )
-        )
-    check_packed_count(sources, len({id(weight.weight) for weight in quantized.values()}))
-    return sources
+    given = state_dict or {}
+    scales = shared_scales({layer_of(name): partial(given.__getitem__, name) for name in quantized if name in given})
+    amaxes = {name: _input_amax(name, weight, given) for name, weight in quantized.items()}
+    left_out = {f"{layer_of(name)}.input_amax" for name, amax in amaxes.items() if amax is not None}
+    tensors = {name: tensor for name, tensor in weights.items() if name not in left_out}
+    origins = checkpoint_origins(model, tensors)
+    computed = computed_tensors(model, tensors, origins)
+    whole = _WholeExperts(weights)
+
+    def packed_source(name: str, module_name: str, parts: tuple[ExpertPart, ...] = ()) -> LinearSource:
+        weight, tensor = quantized[module_name], tensors[module_name]
+        arguments: dict[str, Any] = {
+            "name": name,
+            "shape": tuple(tensor.shape),
+            "module_name": module_name,
+            "read": partial(weights.__getitem__, module_name),
+            "global_decode_scale": partial(getattr, weight, "global_decode_scale")
+            if state_dict is None
+            else partial(scales.__getitem__, layer_of(module_name)),
+            "scale_rule": weight.scale_rule,
+            "input_amax": amaxes[module_name],
+        }
+        if live and not is_sharded(tensor):
+            arguments["read"] = weight.trained
+        if parts:
+            return (ShardedExpertsSource if is_sharded(tensor) else ExpertsSource)(**arguments, parts=parts)
+        return (ShardedSource if is_sharded(tensor) else LinearSource)(**arguments)
+
+    parts: dict[str, list[ExpertPart]] = {}
+    for part in origins.values():
+        if isinstance(part, ExpertPart) and part.module_name is not None:
+            parts.setdefault(part.module_name, []).append(part)
+    sources: dict[str, Source] = {}
+    for name, part in origins.items():
+        module_name = part.module_name
+        if module_name is None:
+            tensor = computed[name]
+            dtype = served_dtype(model, name, tensor.dtype)
+            sources[name] = PlainSource(name, tuple(tensor.shape), None, partial(computed.__getitem__, name), dtype)
+        elif module_name not in quantized:
+            dtype = served_dtype(model, name, tensors[module_name].dtype)
+            if isinstance(part, ExpertPart):
+                read = partial(whole.read, part)
+            else:
+                read = partial(weights.__getitem__, module_name)
+            sources[name] = PlainSource(name, part.shape, module_name, read, dtype)
+        elif not isinstance(part, ExpertPart):
+            sources[name] = packed_source(name, module_name)
+        elif module_name not in sources:
+            sources[module_name] = packed_source(module_name, module_name, tuple(parts[module_name]))
+    check_packed_count(list(sources.values()), len({id(weight.master) for weight in quantized.values()}))
+    return list(sources.values())
+
+
+def _input_amax(name: str, weight: TrainedWeight, given: Mapping[str, torch.Tensor]) -> Callable[[], Any] | None:
+    if weight.input_amax is None:
+        return None
+    key = f"{layer_of(name)}.input_amax"
+    return partial(given.__getitem__, key) if key in given else partial(getattr, weight, "input_amax")
+
+
+def make_ready(model: nn.Module, *, refresh: bool = True) -> None:
+    """Refuse what cannot be packed, and bring the rest into the state in which it is read: before each reading.
+
+    Args:
+        model: a QAT model.
+        refresh: its global scales; every process that holds a part of it must call then.
+
+    Raises:
+        ValueError: the model has PEFT adapters, or inputs are to be quantized and some layer has seen none.
+    """
+    _refuse_adapters(model)
+    reshard(model)
+    check_calibrated(qat_modules(model))
+    if refresh:
+        for scales in scales_of(qat_weights(model).values()):
+            scales.refresh()
 
 
 def _refuse_adapters(model: nn.Module) -> None:
@@ -227,14 +166,36 @@ def plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def live_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters themselves, tied ones once, and the persistent buffers, by module name; shards where sharded."""
-    buffers = {}
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                buffers[f"{path}.{name}".lstrip(".")] = buffer
-    return {plain_name(name): tensor for name, tensor in (*model.named_parameters(), *buffers.items())}
+class LiveWeights(Mapping[str, torch.Tensor]):
+    """The parameters themselves, tied ones once, and the persistent buffers, by module name; shards where sharded.
+
+    Each is read when asked for, past ``getattr``, which may gather it. Modules may hold this object: it holds none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters: dict[str, tuple[dict[str, Any], str]] = {}
+        buffers: dict[str, tuple[dict[str, Any], str]] = {}
+        seen: set[int] = set()
+        for path, module in model.named_modules():
+            prefix = plain_name(f"{path}.").lstrip(".")
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    parameters[prefix + name] = module._parameters, name
+            for name, _ in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    buffers[prefix + name] = module._buffers, name
+        self._places = parameters | buffers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensors, local_name = self._places[name]
+        return tensors[local_name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def shared_scales(
@@ -257,20 +218,21 @@ def shared_scales(
     return {layer: global_decode_scale_of_amax(group_amax[fused_group_key(layer)]) for layer in weights}
 
 
-def check_packed_count(sources: list[TensorSource], expected: int) -> None:
+def check_packed_count(sources: list[Source], expected: int) -> None:
     """Refuse a stream that would pack more or fewer weights than are trained in NVFP4.
 
     Raises:
         ValueError: the counts differ.
     """
     for source in sources:
-        num_rows = sum(part.num_rows for part in source.parts)
-        if source.parts and num_rows != torch.Size(source.shape[:-1]).numel():
-            raise ValueError(
-                f"All rows of {source.name} {list(source.shape)} must go into the checkpoint; {num_rows} were found "
-                "under the names of single experts. Nothing was written."
-            )
-        if source.is_quantized and len(source.shape) > 2 and not source.parts:
+        if isinstance(source, ExpertsSource):
+            num_rows = sum(part.shape[0] for part in source.parts)
+            if num_rows != torch.Size(source.shape[:-1]).numel():
+                raise ValueError(
+                    f"All rows of {source.name} {list(source.shape)} must go into the checkpoint; {num_rows} were "
+                    "found under the names of single experts. Nothing was written."
+                )
+        elif source.is_quantized and len(source.shape) > 2:
             raise ValueError(_FUSED_ON_DISK.format(name=source.name))
     num_packed = sum(source.is_quantized for source in sources)
     if num_packed != expected:
@@ -292,10 +254,10 @@ def check_expert_names(model: nn.Module) -> None:
     Raises:
         ValueError: checkpoints of this architecture do not hold their experts one by one.
     """
-    fused = {name: weight.weight for name, weight in qat_weights(model).items() if weight.weight.ndim == 3}
-    for origin in checkpoint_origins(model, fused).values():
-        if origin.part is None:
-            raise ValueError(_FUSED_ON_DISK.format(name=origin.module_name or next(iter(fused))))
+    fused = {name: weight.master for name, weight in qat_weights(model).items() if weight.master.ndim == 3}
+    for part in checkpoint_origins(model, fused).values():
+        if not isinstance(part, ExpertPart):
+            raise ValueError(_FUSED_ON_DISK.format(name=part.module_name or next(iter(fused))))
 
 
 def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -318,63 +280,25 @@ def unique_weights(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> dic
     return kept
 
 
-def checkpoint_entries(
-    model: nn.Module, weights: dict[str, torch.Tensor], *, together: set[str] | frozenset[str] = frozenset()
-) -> dict[str, CheckpointEntry]:
-    """Checkpoint name to what is stored under it.
-
-    What is computed from several weights is computed from the real ones here; all else is read when asked for.
-
-    Args:
-        model, weights: as ``checkpoint_origins``.
-        together: fused weights whose parts make one entry, under the weight's own name.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    whole = _WholeWeights(weights)
-    origins = checkpoint_origins(model, weights)
-    parts: dict[str, list[ExpertPart]] = {}
-    for origin in origins.values():
-        if origin.part is not None and origin.module_name and origin.module_name in together:
-            parts.setdefault(origin.module_name, []).append(origin.part)
-    found = {origin.module_name for origin in origins.values()}
-    computed_from = {name: whole[name] for name in weights if name not in found}
-    computed = revert_weight_conversion(model, computed_from) if computed_from else {}  # type: ignore[arg-type]
-    entries = {}
-    for name, origin in origins.items():
-        module_name, part = origin.module_name, origin.part
-        if module_name is None:
-            load = partial(computed.__getitem__, name)
-            entries[name] = CheckpointEntry(None, tuple(computed[name].shape), load)
-        elif part is None:
-            entries[name] = CheckpointEntry(module_name, origin.shape, partial(whole.__getitem__, module_name))
-        elif module_name not in together:
-            entries[name] = CheckpointEntry(module_name, origin.shape, partial(whole.part, module_name, part))
-        elif module_name not in entries:
-            load, shape = partial(whole.__getitem__, module_name), tuple(weights[module_name].shape)
-            entries[module_name] = CheckpointEntry(module_name, shape, load, tuple(parts[module_name]))
-    return entries
-
-
-class _WholeWeights:
-    """Weights by module name; sharded ones are gathered when asked for."""
+class _WholeExperts:
+    """Fused experts that are not packed, and go into a checkpoint part by part."""
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
         self._weights = weights
-        self._last: tuple[str, torch.Tensor] | None = None
+        self._last: tuple[str | None, torch.Tensor] | None = None
 
-    def __getitem__(self, module_name: str) -> torch.Tensor:
-        return full_tensor(self._weights[module_name])
+    def read(self, part: ExpertPart) -> torch.Tensor:
+        """A part; of a sharded weight, the whole of which is kept until the last part was asked for."""
+        tensor = self._weights[part.module_name or ""]
+        if not is_sharded(tensor):
+            return part.of(tensor)
+        whole = self._last[1] if self._last and self._last[0] == part.module_name else full_tensor(tensor)
+        is_last = part.expert == len(whole) - 1 and part.rows.stop == whole.shape[1]
+        self._last = None if is_last else (part.module_name, whole)
+        return part.of(whole)
 
-    def part(self, module_name: str, part: ExpertPart) -> torch.Tensor:
-        """A part of fused experts, the whole of which is kept until the last part was asked for."""
-        weight = self._last[1] if self._last and self._last[0] == module_name else self[module_name]
-        is_last = part.expert == len(weight) - 1 and part.rows.stop == weight.shape[1]
-        self._last = (module_name, weight) if is_sharded(self._weights[module_name]) and not is_last else None
-        return weight[part.expert, part.rows]
 
-
-def ignored_layers(model: nn.Module, sources: list[TensorSource]) -> list[str]:
+def ignored_layers(model: nn.Module, sources: list[Source]) -> list[str]:
     """Names for `ignore`: every matrix that a loader may run as a linear and that is not packed.
 
     Under both its names where they differ: vLLM compares with checkpoint names, Transformers with module names, and

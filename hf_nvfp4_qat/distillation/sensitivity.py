@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_nothing_missing, check_unquantized
 from hf_nvfp4_qat.checkpoint.skeleton import unquantized_config
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
+from hf_nvfp4_qat.formats.files import resolve_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
@@ -68,7 +68,7 @@ def measure_sensitivity(
     groups: dict[str, list[str]] = {}
     for name, weight in weights.items():
         # The weights of an experts module have scales of their own, but are excluded together.
-        is_experts = weight.weight.ndim == 3
+        is_experts = weight.master.ndim == 3
         groups.setdefault(name.rpartition(".")[0] if is_experts else weight.scale_group, []).append(name)
     sums = torch.zeros(len(groups), 2, dtype=torch.float64)
     num_tokens = 0
@@ -93,7 +93,7 @@ def measure_sensitivity(
     found = [
         Sensitivity(
             modules=tuple(dict.fromkeys(name.rpartition(".")[0] for name in names)),
-            num_parameters=sum(weights[name].weight.numel() for name in names),
+            num_parameters=sum(weights[name].master.numel() for name in names),
             loss=float(loss) / num_tokens,
             kl=float(kl) / num_tokens,
         )
@@ -106,14 +106,13 @@ def measure_sensitivity(
 def _quantized_only(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Compute with NVFP4 values of the weights `names` alone, and with the others as they are."""
     weights = qat_weights(model)
-    before = {name: weight.weight_is_fake_quantized for name, weight in weights.items()}
     for name, weight in weights.items():
-        weight.weight_is_fake_quantized = name not in names
+        weight.is_quantized = name in names
     try:
         yield
     finally:
-        for name, weight in weights.items():
-            weight.weight_is_fake_quantized = before[name]
+        for weight in weights.values():
+            weight.is_quantized = True
 
 
 def sensitivity(

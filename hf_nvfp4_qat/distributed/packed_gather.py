@@ -22,8 +22,9 @@ from hf_nvfp4_qat.distributed.fsdp_versions import (
     gathered_shape,
     why_no_extension,
 )
-from hf_nvfp4_qat.modules.global_scale import QATWeight, scales_of
+from hf_nvfp4_qat.modules.global_scale import scales_of
 from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.modules.weights import TrainedWeight
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.sharding.parts import mesh_of, own_experts, own_part, own_storage
 from hf_nvfp4_qat.sharding.wire import decode_rows, encode_rows, part_num_rows
@@ -106,19 +107,19 @@ class _PackedGather:
             )
         self._shards = {}
         for name, weight in self.weights.items():
-            parameter = parameters[id(weight.weight)]
+            parameter = parameters[id(weight.master)]
             if parameter.offload_to_cpu:
                 raise ValueError(
                     f"The NVFP4 gather does not work with CPU offloading; {name} is offloaded. Turn "
                     "`fsdp_offload_params` off, or set NVFP4_QAT_GATHER=bf16."
                 )
-            self._shards[name] = _Shard(mesh_of(weight.weight), gathered_shape(parameter))
+            self._shards[name] = _Shard(mesh_of(weight.master), gathered_shape(parameter))
         for name, weight in self.weights.items():
             # Tensor parallelism makes DTensors of buffers too; the scale is whole on every process.
             weight.global_decode_scale = own_part(weight.global_decode_scale)
             _put_hooks(weight, self._shards[name].gathered_shape)
-            forget_gathers(parameters[id(weight.weight)])
-            weight.weight_is_fake_quantized = True
+            forget_gathers(parameters[id(weight.master)])
+            weight.is_gathered = True
         self._model = ref(model)
         # Before FSDP2's own hook: scales and ours must be ready when the first weight is gathered.
         self._handle = model.register_forward_pre_hook(self._before_forward, prepend=True)
@@ -129,25 +130,25 @@ class _PackedGather:
         """Take the hooks off; the next gather is FSDP2's own."""
         model = self._model()
         parameters = {id(parameter.sharded_param): parameter for parameter in fsdp_parameters(model)} if model else {}
-        shards = [parameters.get(id(weight.weight)) for weight in self.weights.values()]
+        shards = [parameters.get(id(weight.master)) for weight in self.weights.values()]
         if None in shards:
             raise ValueError(
                 "How weights are gathered changes between steps; they are gathered at the moment. Finish the backward "
                 "pass, or call `model.reshard()`, first."
             )
         for weight, shard in zip(self.weights.values(), shards, strict=True):
-            local = own_storage(weight.weight)
+            local = own_storage(weight.master)
             for hook in ("fsdp_pre_all_gather", "fsdp_post_all_gather"):
                 if hasattr(local, hook):
                     delattr(local, hook)
             forget_gathers(shard)
-            weight.weight_is_fake_quantized = False
+            weight.is_gathered = False
         self._handle.remove()
 
     @torch.compiler.disable  # as FSDP2's own hooks are
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         for name, weight in self.weights.items():
-            tensor, shard = weight.weight, self._shards[name]
+            tensor, shard = weight.master, self._shards[name]
             # A weight that is whole at the moment was gathered through hooks that are in place.
             if mesh_of(tensor) == shard.mesh and not hasattr(own_storage(tensor), "fsdp_pre_all_gather"):
                 _put_hooks(weight, shard.gathered_shape)
@@ -163,9 +164,9 @@ class _Shard:
     gathered_shape: torch.Size
 
 
-def _obstacle(weight: QATWeight, parameters: dict[int, Any]) -> str | None:
+def _obstacle(weight: TrainedWeight, parameters: dict[int, Any]) -> str | None:
     """Why this weight cannot be gathered in 4 bits."""
-    parameter = parameters.get(id(weight.weight))
+    parameter = parameters.get(id(weight.master))
     if parameter is None:
         return "FSDP2 does not shard it, or it is gathered now"
     if reason := why_no_extension(parameter):
@@ -176,7 +177,7 @@ def _obstacle(weight: QATWeight, parameters: dict[int, Any]) -> str | None:
     return None
 
 
-def _put_hooks(weight: QATWeight, shape: torch.Size) -> None:
+def _put_hooks(weight: TrainedWeight, shape: torch.Size) -> None:
     """The two hooks that FSDP2 looks for, on the local tensor.
 
     Args:
@@ -184,8 +185,8 @@ def _put_hooks(weight: QATWeight, shape: torch.Size) -> None:
         shape: ``[N, K]`` of the gathered weight (the rows that tensor parallelism leaves this process), or experts
             ``[E, N, K]``.
     """
-    local = own_storage(weight.weight)
-    index = own_experts(weight.weight)
+    local = own_storage(weight.master)
+    index = own_experts(weight.master)
     # The tensor holds the hooks, so they hold neither it nor its module.
     local_ref, weight_ref = ref(local), ref(weight)
 

@@ -9,124 +9,35 @@ it is given to keep instead is the place of the saved tensor in the weight; back
 torch.compile, selective checkpointing has the same effect.
 """
 
-from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, cast
-from weakref import ref
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
-from hf_nvfp4_qat.modules.linear import refuse_computed_weight
-from hf_nvfp4_qat.modules.state_dict import check_master_weight
+from hf_nvfp4_qat.modules.global_scale import GlobalScales
 from hf_nvfp4_qat.modules.weight_clock import version_of
+from hf_nvfp4_qat.modules.weights import QATModule, TrainedWeight
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, straight_through
-from hf_nvfp4_qat.sharding.parts import own_experts, own_part
 
 
-class ExpertWeight:
-    """One fused parameter of an experts module, with what a ``QATLinear`` has for its only one.
-
-    The module holds this object, so this object holds the module weakly: a cycle would outlive ``del model``.
-
-    Attributes:
-        name: the parameter's name in its module.
-        scale_group: key within `global_scales`; experts share no scales between parameters.
-        global_scales: keeps `global_decode_scale` fresh.
-        scale_rule: how block scales are chosen.
-        weight_is_fake_quantized: as in ``QATLinear``.
-    """
-
-    def __init__(
-        self, module: nn.Module, name: str, *, scale_group: str, global_scales: GlobalScales, scale_rule: str
-    ) -> None:
-        self.bind(module)
-        self.name = name
-        self.scale_group = scale_group
-        self.global_scales = global_scales
-        self.scale_rule = scale_rule
-        self.weight_is_fake_quantized = False
-        weight = self.weight
-        ones = torch.ones(len(weight), dtype=torch.float32, device=weight.device)
-        module.register_buffer(self._buffer_name, ones, persistent=False)
-
-    @property
-    def _buffer_name(self) -> str:
-        return f"{self.name}_global_decode_scale"
-
-    @property
-    def place(self) -> tuple[nn.Module, str]:
-        """The experts module, and the name of the weight in it."""
-        module = self._module()
-        assert module is not None
-        return module, self.name
-
-    @property
-    def weight(self) -> Any:
-        """Master weight ``[E, N, K]``."""
-        return self._read(self.name)
-
-    @property
-    def global_decode_scale(self) -> torch.Tensor:
-        """float32 ``[E]``, one for each expert."""
-        return self._read(self._buffer_name)
-
-    @global_decode_scale.setter
-    def global_decode_scale(self, scale: torch.Tensor) -> None:
-        module = self._module()
-        assert module is not None
-        setattr(module, self._buffer_name, scale)
-
-    def bind(self, module: nn.Module) -> None:
-        """Say whose weight it is."""
-        self._module = ref(module)
-        self._tensors = ChainMap(cast(dict, module._parameters), cast(dict, module._buffers))
-
-    def _read(self, name: str) -> Any:
-        module = self._module()
-        # A weight that somebody keeps longer than its model stays what it was.
-        return self._tensors[name] if module is None else getattr(module, name)
-
-    def fake_quantized_weight(self) -> torch.Tensor:
-        """bfloat16 ``[E, N, K]``, no gradient; of a sharded weight, the experts that this process holds."""
-        self.global_scales.refresh_if_stale(self)
-        own = own_part(self.weight).detach()
-        scale = self.global_decode_scale[own_experts(self.weight)]
-        return fake_quantize_unchecked(own, scale, scale_rule=self.scale_rule)
-
-    def __getstate__(self) -> dict:
-        # A copy has no hooks that see to it, and its module binds it.
-        state = {**vars(self), "weight_is_fake_quantized": False}
-        del state["_module"], state["_tensors"]
-        return state
-
-
-class QATExperts(nn.Module):
+class QATExperts(QATModule):
     """Mixed into the class of an experts module by ``adopt_experts``.
-
-    Parameters keep their names and shapes; state dicts hold the master weights alone.
 
     Attributes:
         original_class: of the class, the one it was made from.
-        nvfp4_weights: parameter name to its ``ExpertWeight``.
     """
 
     original_class: type[nn.Module]
-    nvfp4_weights: dict[str, ExpertWeight]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with fake-quantized weights."""
-        if "parametrizations" in self._modules:
-            for name, weight in self.nvfp4_weights.items():
-                if parametrize.is_parametrized(self, name):
-                    refuse_computed_weight(weight.scale_group)
-        quantized = {name: weight for name, weight in self.nvfp4_weights.items() if not weight.weight_is_fake_quantized}
+        self.refuse_computed_weights()
+        quantized = {name: weight for name, weight in self.nvfp4_weights.items() if not weight.reads_as_it_is}
         if not quantized:
             return super().forward(*args, **kwargs)
         if torch.compiler.is_compiling():
@@ -140,33 +51,12 @@ class QATExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        sizes = ", ".join(f"{name}={list(weight.weight.shape)}" for name, weight in self.nvfp4_weights.items())
+        sizes = ", ".join(f"{name}={list(weight.master.shape)}" for name, weight in self.nvfp4_weights.items())
         return f"{sizes}, weight=nvfp4"
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class is made at run time, so copies and pickles name the class it was made from.
         return _new_experts, (self.original_class,), self.__getstate__()
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        for weight in self.nvfp4_weights.values():
-            weight.bind(self)
-            weight.global_scales.add(weight)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATExperts":
-        scales = {name: weight.global_decode_scale for name, weight in self.nvfp4_weights.items()}
-        super()._apply(fn, recurse)
-        for name, weight in self.nvfp4_weights.items():
-            keep_float32(weight, scales[name])
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        for name in self.nvfp4_weights:
-            check_master_weight(state_dict, prefix, name)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # A compiled forward does not check for staleness, so do not leave it to the next forward.
-        for weight in self.nvfp4_weights.values():
-            weight.global_scales.refresh_if_stale(weight)
 
 
 def adopt_experts(module: nn.Module, *, name: str, global_scales: GlobalScales, scale_rule: str = "amax") -> QATExperts:
@@ -182,7 +72,7 @@ def adopt_experts(module: nn.Module, *, name: str, global_scales: GlobalScales, 
     module.__class__ = _qat_class(experts_class)
     assert isinstance(module, QATExperts)
     module.nvfp4_weights = {
-        parameter: ExpertWeight(
+        parameter: TrainedWeight(
             module,
             parameter,
             scale_group=f"{name}.{parameter}",
@@ -249,8 +139,8 @@ class _Recipe:
     checked by its version, as autograd would.
     """
 
-    def __init__(self, weight: ExpertWeight, values: torch.Tensor) -> None:
-        self.weight, self.scale, self.dtype = weight.weight, weight.global_decode_scale, values.dtype
+    def __init__(self, weight: TrainedWeight, values: torch.Tensor) -> None:
+        self.weight, self.scale, self.dtype = weight.master, weight.global_decode_scale, values.dtype
         self.scale_rule = weight.scale_rule
         self.version = version_of(self.weight)
         self.storage = values.untyped_storage().data_ptr()
@@ -281,9 +171,9 @@ class _Recipe:
         return make
 
 
-def _fake_quantized(weight: ExpertWeight) -> torch.Tensor:
+def _fake_quantized(weight: TrainedWeight) -> torch.Tensor:
     """The values that forward computes with, in the dtype that the module would compute in."""
-    master = weight.weight
+    master = weight.master
     dtype = master.dtype
     if torch.is_autocast_enabled(master.device.type):
         dtype = torch.get_autocast_dtype(master.device.type)
@@ -291,7 +181,7 @@ def _fake_quantized(weight: ExpertWeight) -> torch.Tensor:
     return straight_through(master, fake_quantize_unchecked(master.detach(), scale, scale_rule=rule).to(dtype))
 
 
-def _compiled_forward(module: QATExperts, quantized: dict[str, ExpertWeight], *args: Any, **kwargs: Any) -> Any:
+def _compiled_forward(module: QATExperts, quantized: dict[str, TrainedWeight], *args: Any, **kwargs: Any) -> Any:
     values = {name: _fake_quantized(weight) for name, weight in quantized.items()}
     return module.original_class.forward(cast(Any, _Stand(module, values)), *args, **kwargs)
 

@@ -25,7 +25,7 @@ import logging
 import sys
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from hf_nvfp4_qat.modules.weight_clock import Sight, WeightClock, held
+from hf_nvfp4_qat.modules.weights import QATModule, TrainedWeight
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
 from hf_nvfp4_qat.numerics.quantize import global_decode_scale_of_amax
 from hf_nvfp4_qat.sharding.parts import is_sharded, maximum_over_group, maximum_over_mesh, mesh_of, own_part, own_slice
@@ -47,48 +48,13 @@ _strangers: "WeakKeyDictionary[torch.optim.Optimizer, dict[int, ref]]" = WeakKey
 _hooks: list[Any] = []
 
 
-class QATWeight(Protocol):
-    """A weight that trains in NVFP4: a ``QATLinear``, or one of the fused weights of an experts module.
-
-    Attributes:
-        place: the module that holds the master weight, and its name there.
-        weight: master weight ``[N, K]``, or experts ``[E, N, K]``.
-        scale_group: key of its group; the members of one share their scales.
-        global_scales: the groups it belongs to.
-        global_decode_scale: float32 buffer to write the scale to, ``[]`` or ``[E]``.
-        scale_rule: how block scales are chosen.
-        weight_is_fake_quantized: whether `weight` holds the fake-quantized values whenever forward runs.
-    """
-
-    scale_group: str
-    global_scales: "GlobalScales"
-    scale_rule: str
-    weight_is_fake_quantized: bool
-
-    @property
-    def place(self) -> tuple[nn.Module, str]: ...  # noqa: D102
-
-    @property
-    def weight(self) -> Any: ...  # noqa: D102
-
-    @property
-    def global_decode_scale(self) -> torch.Tensor: ...  # noqa: D102
-
-    @global_decode_scale.setter
-    def global_decode_scale(self, scale: torch.Tensor) -> None: ...
-
-    def fake_quantized_weight(self) -> torch.Tensor:
-        """What forward multiplies with."""
-        ...
-
-
 class _Member:
-    """A weight's part in its group: when its scale was written, and into which tensor."""
+    """A weight's part in its group: its parameters as last seen, when its scale was written, and into which tensor."""
 
-    __slots__ = ("sight", "refreshed", "scale")
+    __slots__ = ("sights", "refreshed", "scale")
 
-    def __init__(self, sight: Sight) -> None:
-        self.sight = sight
+    def __init__(self, sights: list[Sight]) -> None:
+        self.sights = sights
         self.refreshed = -1
         self.scale: Any = _nothing
 
@@ -108,7 +74,7 @@ class GlobalScales:
         """
         self.clock = clock or WeightClock()
         # Members in the order they came: under ZeRO-3 reading a weight gathers it, so all processes must read alike.
-        self._groups: dict[str, WeakKeyDictionary[QATWeight, _Member]] = {}
+        self._groups: dict[str, WeakKeyDictionary[TrainedWeight, _Member]] = {}
         self._amaxes: dict[tuple[torch.device, Any], GroupAmax] = {}
         # Wrappers (DDP, FSDP1) whose processes train the model together, each on data of its own.
         self._wrappers: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()
@@ -125,16 +91,16 @@ class GlobalScales:
     def __reduce__(self) -> tuple[type["GlobalScales"], tuple[()]]:
         return GlobalScales, ()
 
-    def add(self, weight: QATWeight) -> None:
+    def add(self, weight: TrainedWeight) -> None:
         """Register a weight under its `scale_group`."""
         members = self._groups.setdefault(weight.scale_group, WeakKeyDictionary())
-        members[weight] = _Member(self.clock.sight(*weight.place))
+        members[weight] = _Member([self.clock.sight(*place) for place in weight.places])
 
-    def is_fresh(self, weight: QATWeight) -> bool:
+    def is_fresh(self, weight: TrainedWeight) -> bool:
         """Whether the scale of the fused group of `weight` was computed from the weights the group has now."""
         return self._is_group_fresh(self._groups[weight.scale_group])
 
-    def refresh_if_stale(self, weight: QATWeight) -> None:
+    def refresh_if_stale(self, weight: TrainedWeight) -> None:
         """Refresh the fused group of `weight` if one of its weights changed since the last refresh."""
         if not self.is_fresh(weight):
             self._refresh([weight.scale_group])
@@ -152,35 +118,38 @@ class GlobalScales:
         """Recompute every scale from the weights as they are now."""
         self._refresh(self._groups)
 
-    def _is_group_fresh(self, group: "WeakKeyDictionary[QATWeight, _Member]") -> bool:
+    def _is_group_fresh(self, group: "WeakKeyDictionary[TrainedWeight, _Member]") -> bool:
         for weight, member in group.items():
-            if self.clock.look(member.sight, weight.weight) > member.refreshed:
+            if self._last_change(weight, member) > member.refreshed:
                 return False
             if member.scale() is not weight.global_decode_scale:
                 return False  # replaced: Accelerate puts old buffers back after loading, `.to` makes new ones
         return True
 
+    def _last_change(self, weight: TrainedWeight, member: _Member) -> int:
+        return max(map(self.clock.look, member.sights, weight.parameters()))
+
     @torch.no_grad()
     def _refresh(self, groups: Iterable[str]) -> None:
         """One batched pass a device: a handful of launches for all weights together, nothing read back."""
-        by_place: dict[tuple[torch.device, Any], list[list[tuple[QATWeight, _Member]]]] = {}
+        by_place: dict[tuple[torch.device, Any], list[list[tuple[TrainedWeight, _Member]]]] = {}
         for group in groups:
             # Offloaded weights are on the meta device between forwards and have nothing to read.
-            members = [item for item in self._groups[group].items() if item[0].weight.device.type != "meta"]
+            members = [item for item in self._groups[group].items() if item[0].master.device.type != "meta"]
             if members:
-                mesh = next((mesh for weight, _ in members if (mesh := mesh_of(weight.weight)) is not None), None)
-                by_place.setdefault((members[0][0].weight.device, mesh), []).append(members)
+                mesh = next((mesh for weight, _ in members if (mesh := mesh_of(weight.master)) is not None), None)
+                by_place.setdefault((members[0][0].master.device, mesh), []).append(members)
         for place, grouped in by_place.items():
-            modules = [weight for members in grouped for weight, _ in members]
+            trained = [weight for members in grouped for weight, _ in members]
             # A group has one scale, or one for each expert.
             num_scales = [members[0][0].global_decode_scale.numel() for members in grouped]
             starts = list(accumulate(num_scales, initial=0))
             first_scales = [
-                start + (own_slice(weight.weight).start if weight.weight.ndim == 3 else 0)
+                start + (own_slice(weight.master).start if weight.master.ndim == 3 else 0)
                 for start, members in zip(starts, grouped, strict=False)
                 for weight, _ in members
             ]
-            weights = [own_part(weight.weight) for weight in modules]
+            weights = [weight.trained() for weight in trained]
             amax = self._amaxes.get(place)
             if amax is None or not amax.fits(weights, first_scales):
                 amax = self._amaxes[place] = GroupAmax(weights, first_scales, starts[-1])
@@ -188,13 +157,13 @@ class GlobalScales:
             maximum_over_mesh(shared_amax, place[1])
             scales = global_decode_scale_of_amax(shared_amax).split(num_scales)
             torch._foreach_copy_(
-                [own_part(weight.global_decode_scale).view(-1) for weight in modules],
+                [own_part(weight.global_decode_scale).view(-1) for weight in trained],
                 [scale for scale, members in zip(scales, grouped, strict=True) for _ in members],
             )
             for weight, member in (item for members in grouped for item in members):
                 scale = weight.global_decode_scale
                 if scale.device.type != "meta":  # else there is nothing to have written to
-                    self.clock.look(member.sight, weight.weight)
+                    self._last_change(weight, member)
                     member.refreshed, member.scale = self.clock.epoch, ref(scale)
 
     def refresh_untrained(self) -> None:
@@ -202,7 +171,9 @@ class GlobalScales:
         if self.clock.is_trained:
             return
         names = [
-            name for name, members in self._groups.items() if all(_is_whole(held(*weight.place)) for weight in members)
+            name
+            for name, members in self._groups.items()
+            if all(_is_whole(held(*place)) for weight in members for place in weight.places)
         ]
         self._refresh(names)
 
@@ -220,7 +191,7 @@ class GlobalScales:
         stepped = [
             name
             for name, members in self._groups.items()
-            if any(member.sight.changed == epoch for member in members.values())
+            if any(sight.changed == epoch for member in members.values() for sight in member.sights)
         ]
         if stepped:
             self._refresh(stepped)
@@ -240,8 +211,8 @@ class GlobalScales:
         meshes = set()
         for name, members in self._groups.items():
             for weight, member in members.items():
-                mesh = mesh_of(member.sight.current(weight.weight))
-                if (amax := getattr(weight, "input_amax", None)) is not None:
+                mesh = mesh_of(member.sights[0].current(weight.master))
+                if (amax := weight.input_amax) is not None:
                     amaxes.setdefault(mesh, []).append(own_part(amax))
                 if stepped is None or name in stepped:
                     meshes.add(mesh)
@@ -291,16 +262,10 @@ class RefreshInEvaluation:
             self._scales.refresh_untrained()
 
 
-def scales_of(weights: Iterable[QATWeight]) -> list[GlobalScales]:
+def scales_of(weights: Iterable[TrainedWeight]) -> list[GlobalScales]:
     """The scale groups of some weights, in the order in which they were made: one for each model prepared."""
     found = dict.fromkeys(weight.global_scales for weight in weights)
     return sorted(found, key=lambda scales: scales.clock.number)
-
-
-def keep_float32(weight: QATWeight, scale: torch.Tensor) -> None:
-    """Give a weight back its scale of before ``.to(dtype)``: that casts buffers too, and float16 cannot hold it."""
-    if weight.global_decode_scale.dtype != torch.float32:
-        weight.global_decode_scale = scale.to(weight.global_decode_scale.device)
 
 
 def _nothing() -> None:
@@ -337,10 +302,9 @@ def _notice_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -
     if submodule is None or not isinstance(module, _wrapper_classes()):
         return
     for layer in submodule.modules():
-        if getattr(layer, "input_amax", None) is not None and isinstance(
-            scales := getattr(layer, "global_scales", None), GlobalScales
-        ):
-            scales.wrapped_by(module)
+        for weight in layer.nvfp4_weights.values() if isinstance(layer, QATModule) else ():
+            if weight.input_amax is not None:
+                weight.global_scales.wrapped_by(module)
 
 
 def _wrapper_classes() -> tuple[type, ...]:

@@ -11,20 +11,18 @@ again in backward: layers that share one keep it once.
 
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils import parametrize
 
-from hf_nvfp4_qat.modules.global_scale import GlobalScales, keep_float32
-from hf_nvfp4_qat.modules.state_dict import check_master_weight
+from hf_nvfp4_qat.modules.global_scale import GlobalScales
+from hf_nvfp4_qat.modules.weights import QATModule, TrainedWeight, refuse_computed_weight
 from hf_nvfp4_qat.numerics.activations import activation_amax, fake_quantize_activation
 from hf_nvfp4_qat.numerics.format import check_weight
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax, straight_through
-from hf_nvfp4_qat.sharding.parts import own_part
 
 
 class _Kept(torch.autograd.Function):
@@ -125,25 +123,7 @@ def check_adoptable(linear: nn.Linear, *, name: str) -> None:
         )
 
 
-def refuse_computed_weight(name: str) -> NoReturn:
-    """Refuse a layer whose weight is computed from other tensors: it can be neither kept fresh nor saved.
-
-    Within ``parametrize.cached()`` reading such a weight to refresh its scale would also keep it without its gradient.
-
-    Args:
-        name: module path, or the layer's group.
-
-    Raises:
-        ValueError: always.
-    """
-    raise ValueError(
-        f"NVFP4 QAT trains weights that are parameters themselves; {name} computes its weight from other tensors (a "
-        "parametrization, weight_norm, spectral_norm or pruning). Remove that from the layer first, for example with "
-        "`torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')`, or add the layer to `exclude`."
-    )
-
-
-class QATLinear(nn.Linear):
+class QATLinear(QATModule, nn.Linear):
     """A linear layer trained with NVFP4 weights (W4A16), and with NVFP4 inputs if asked to (W4A4).
 
     Made from an existing ``nn.Linear`` by ``QATLinear.adopt``; parameters keep their names, dtype, ties, hooks and
@@ -152,22 +132,13 @@ class QATLinear(nn.Linear):
     Attributes:
         weight: master weight ``[N, K]``, any floating dtype.
         global_decode_scale: float32 ``[]`` buffer, not persistent, shared in value by the fused group.
-        scale_group: key of the fused group within `global_scales`.
-        global_scales: keeps `global_decode_scale` fresh.
-        scale_rule: how block scales are chosen.
         input_amax: largest magnitude of the inputs seen in training or calibration, which the inputs' global scale
             follows: a persistent float32 ``[]`` buffer, 0 before the first; None for W4A16. Equal in all processes
             after each optimizer step.
-        weight_is_fake_quantized: whether `weight` holds the fake-quantized values whenever forward runs, because
-            that is how FSDP2 gathers it.
     """
 
     global_decode_scale: torch.Tensor
-    scale_group: str
-    global_scales: GlobalScales
-    scale_rule: str
     input_amax: torch.Tensor | None
-    weight_is_fake_quantized = False
 
     @classmethod
     def adopt(
@@ -199,39 +170,39 @@ class QATLinear(nn.Linear):
             vars(linear)["_old_forward"] = MethodType(cls.forward, linear)
         linear.__class__ = cls
         assert isinstance(linear, cls)
-        one = torch.ones((), dtype=torch.float32, device=linear.weight.device)
-        linear.register_buffer("global_decode_scale", one, persistent=False)
-        linear.scale_group = scale_group
-        linear.global_scales = global_scales
-        linear.scale_rule = scale_rule
-        linear.register_buffer("input_amax", torch.zeros_like(one) if quantize_input else None)
-        global_scales.add(linear)
+        weight = TrainedWeight(
+            linear, "weight", scale_group=scale_group, global_scales=global_scales, scale_rule=scale_rule
+        )
+        linear.nvfp4_weights = {"weight": weight}
+        zero = torch.zeros((), dtype=torch.float32, device=linear.weight.device)
+        linear.register_buffer("input_amax", zero if quantize_input else None)
+        global_scales.add(weight)
         return linear
 
     @property
-    def place(self) -> tuple[nn.Module, str]:
-        """This module, and the name of the weight in it."""
-        return self, "weight"
+    def nvfp4_weight(self) -> TrainedWeight:
+        """The weight as what it is trained, scaled and served as."""
+        return self.nvfp4_weights["weight"]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` to ``[..., N]`` with the fake-quantized weight, in the dtype nn.Linear would compute in."""
-        if "parametrizations" in self._modules and parametrize.is_parametrized(self, "weight"):
-            refuse_computed_weight(f"a layer of group {self.scale_group}")
+        self.refuse_computed_weights()
         compute_dtype = self.weight.dtype
         if torch.is_autocast_enabled(input.device.type):
             compute_dtype = torch.get_autocast_dtype(input.device.type)
             input = input.to(compute_dtype)
         input_scale = self._input_scale(input)
-        if self.weight_is_fake_quantized:
+        weight = self.nvfp4_weight
+        if weight.reads_as_it_is:
             if input_scale is not None:
                 input = straight_through(input, fake_quantize_activation(input, input_scale))
             return super().forward(input)
         if not torch.compiler.is_compiling():
-            self.global_scales.refresh_if_stale(self)
+            weight.global_scales.refresh_if_stale(weight)
         bias: torch.Tensor | None = self.bias
         if bias is not None and torch.is_autocast_enabled(input.device.type):
             bias = bias.to(compute_dtype)
-        arguments = (input, self.weight, bias, self.global_decode_scale, self.scale_rule, input_scale, compute_dtype)
+        arguments = (input, self.weight, bias, self.global_decode_scale, weight.scale_rule, input_scale, compute_dtype)
         if torch.compiler.is_compiling():
             return _CompiledLinear.apply(*arguments)
         return _Product.apply(_Kept.apply(input, self.weight), *arguments)
@@ -253,32 +224,21 @@ class QATLinear(nn.Linear):
 
         Of a sharded weight, the rows that this process holds.
         """
-        self.global_scales.refresh_if_stale(self)
-        return _fake_quantized(own_part(self.weight).detach(), self.global_decode_scale, self.scale_rule)
+        return self.nvfp4_weight.fake_quantized_weight()
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows beside the sizes."""
         return f"{super().extra_repr()}, weight=nvfp4" + ("" if self.input_amax is None else ", input=nvfp4")
 
-    def __setstate__(self, state: dict) -> None:
-        # Copies and unpickled layers register with the scales they were copied with.
-        super().__setstate__(state)
-        self.global_scales.add(self)
-        vars(self).pop("weight_is_fake_quantized", None)  # a copy has no hooks that see to it
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QATLinear":
-        scale, input_amax = self.global_decode_scale, self.input_amax
+        input_amax = self.input_amax
         super()._apply(fn, recurse)
-        keep_float32(self, scale)
         if input_amax is not None and self.input_amax is not None and self.input_amax.dtype != torch.float32:
             self.input_amax = input_amax.to(self.input_amax.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any, **kwargs: Any) -> None:
-        check_master_weight(state_dict, prefix, "weight")
         if self.input_amax is not None and f"{prefix}input_amax" not in state_dict:
             # Weights of a model that was not W4A4: what was measured of the inputs stays.
             state_dict = {**state_dict, f"{prefix}input_amax": self.input_amax}
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        # A compiled forward does not check for staleness, so do not leave it to the next forward.
-        self.global_scales.refresh_if_stale(self)

@@ -36,7 +36,7 @@ _hooks: list[Any] = []
 
 def watch_master_precision(model: nn.Module) -> None:
     """Look at one of the first optimizer steps of a model whose weights train in 16 bits."""
-    if all(weight.weight.dtype in (torch.float32, torch.float64) for weight in qat_weights(model).values()):
+    if all(weight.master.dtype in (torch.float32, torch.float64) for weight in qat_weights(model).values()):
         return
     _waiting[model] = _NUM_TRIES
     if not _hooks:
@@ -57,7 +57,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) ->
     owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for model in list(_waiting):
         _waiting[model] -= 1
-        weights = [weight.weight for weight in qat_weights(model).values() if id(weight.weight) in owned]
+        weights = [weight.master for weight in qat_weights(model).values() if id(weight.master) in owned]
         trained = [weight for weight in weights if weight.grad is not None and weight.dtype.itemsize == 2]
         if trained:
             picked = trained[:: -(-len(trained) // _NUM_WEIGHTS)]

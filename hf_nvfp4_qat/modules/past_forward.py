@@ -35,7 +35,7 @@ def _check_readers(model: nn.Module, args: Any, output: Any) -> None:
     layers = {
         id(layer.weight): path
         for path, layer in model.named_modules()
-        if isinstance(layer, QATLinear) and not layer.weight_is_fake_quantized  # by any way of reading it
+        if isinstance(layer, QATLinear) and not layer.nvfp4_weight.reads_as_it_is  # by any way of reading it
     }
     readers: dict[str, list[str]] = {}
     seen = set(nodes)

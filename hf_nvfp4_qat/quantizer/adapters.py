@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from hf_nvfp4_qat.modules.experts import QATExperts
-from hf_nvfp4_qat.modules.linear import QATLinear
+from hf_nvfp4_qat.modules.weights import QATModule
 
 ADAPTER_MESSAGE = (
     "PEFT adapters on NVFP4 QAT layers are not supported yet: the adapter would be added outside the quantized weight, "
@@ -43,12 +42,12 @@ def _refuse_adapter(module: nn.Module, name: str, submodule: nn.Module | None) -
         _before[module] = children, [(weight, weight.requires_grad) for weight in submodule.parameters()]
     elif name in ("base_layer", "original_module") and submodule is not None:
         wrapped = [submodule] if name == "base_layer" else submodule.modules()
-        layer = next((layer for layer in wrapped if isinstance(layer, (QATLinear, QATExperts))), None)
+        layer = next((layer for layer in wrapped if isinstance(layer, QATModule)), None)
         if layer is not None:
             raise ValueError(ADAPTER_MESSAGE.format(name=_undo_adapter(layer)))
 
 
-def _undo_adapter(layer: QATLinear | QATExperts) -> str:
+def _undo_adapter(layer: QATModule) -> str:
     """Put the model of a layer back to what it was before the adapter; returns the path of the layer."""
     tuner: Any
     for tuner, (children, trainable) in _before.items():
@@ -70,5 +69,4 @@ def _undo_adapter(layer: QATLinear | QATExperts) -> str:
             model._hf_peft_config_loaded = False  # `model.add_adapter` sets it first
         vars(model).pop("peft_config", None)
         return path
-    first = layer if isinstance(layer, QATLinear) else next(iter(layer.nvfp4_weights.values()))
-    return f"a layer of group {first.scale_group}"
+    return f"a layer of group {next(iter(layer.nvfp4_weights.values())).scale_group}"

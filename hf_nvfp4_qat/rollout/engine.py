@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart
+from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED
 from hf_nvfp4_qat.rollout.expert_weights import expert_weights
 from hf_nvfp4_qat.rollout.placement import Placement, Region
 from hf_nvfp4_qat.rollout.stacked_experts import StackedExperts

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart
+from hf_nvfp4_qat.formats.names import GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.rollout.placement import Placement, Region
 from hf_nvfp4_qat.rollout.stream import TensorLayout
 
@@ -47,7 +47,7 @@ class StackedExperts:
                 if kind == GLOBAL_ENCODE_SCALE:
                     probe = TensorLayout(f"{layer}.{kind}", torch.float32, (1,))
                 else:
-                    probe = TensorLayout(f"{layer}.{kind}", item.dtype, (part.num_rows, item.shape[-1]))
+                    probe = TensorLayout(f"{layer}.{kind}", item.dtype, (part.shape[0], item.shape[-1]))
                 self.probes.append(probe)
                 self._part_of[probe.name] = (item.name, part)
                 if kind == PACKED:

@@ -28,7 +28,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, PlainSource, ShardedSource, Source
+from hf_nvfp4_qat.checkpoint.stream import (
+    ignored_layers,
+    is_tied,
+    packed_sources,
+    wrong_tied_settings,
+)
+from hf_nvfp4_qat.formats.names import (
     GLOBAL_ENCODE_SCALE,
     INPUT_GLOBAL_SCALE,
     checkpoint_layout,
@@ -36,16 +43,9 @@ from hf_nvfp4_qat.checkpoint.names import (
     quantization_config,
     to_checkpoint,
 )
-from hf_nvfp4_qat.checkpoint.stream import (
-    TensorSource,
-    ignored_layers,
-    is_tied,
-    packed_sources,
-    wrong_tied_settings,
-)
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.packed import gather_packed
 from hf_nvfp4_qat.sharding.parts import own_rows
 
@@ -97,7 +97,7 @@ class RolloutStream:
                 count does not add up.
         """
         sources = packed_sources(model, live=True)
-        packed = [source for source in sources if source.global_decode_scale is not None]
+        packed = [source for source in sources if isinstance(source, LinearSource)]
         if not packed:
             raise ValueError(
                 f"Rollouts take the packed weights of a QAT model; {type(model).__name__} has no QAT layers. Load it "
@@ -106,7 +106,7 @@ class RolloutStream:
         _check_scales(packed)
         self._groups = _fused_groups(sources)
         self.is_stacked = False
-        self.experts = {source.name: source.parts for source in packed if source.parts}
+        self.experts = {source.name: source.parts for source in packed if isinstance(source, ExpertsSource)}
         self.num_packed = len(packed)
         self._scale_rule = packed[0].scale_rule
         self.quantizes_input = packed[0].input_amax is not None
@@ -168,18 +168,19 @@ class RolloutStream:
         for group, layout in zip(self._groups, self._group_layouts, strict=True):
             tensors = {}
             for source in group:
-                if source.global_decode_scale is None:
+                if isinstance(source, PlainSource):
                     weight = next(self._gathers)()
                     tensors[source.name] = weight.to(source.dtype, memory_format=torch.contiguous_format, copy=fresh)
                     del weight
                     continue
-                if source.shard is not None:
+                assert isinstance(source, LinearSource)
+                if isinstance(source, ShardedSource):
                     if source.name not in self._gathered:
                         next(self._gathers)()
                     observe(source.name, *next(self._gathers)())
                     packed = self._gathered.pop(source.name)
                 else:
-                    weight = source.load()
+                    weight = source.master()
                     packed = quantize_unchecked(weight, source.global_decode_scale(), scale_rule=source.scale_rule)
                     observe(source.name, weight, packed)
                     del weight
@@ -205,44 +206,43 @@ class RolloutStream:
         seen: set[str] = set()
         for number, group in enumerate(self._groups):
             for source in group:
-                if source.global_decode_scale is None:
-                    yield source.load
-                elif source.shard is not None:
+                if not source.is_quantized:
+                    yield source.master
+                elif isinstance(source, ShardedSource):
                     if source.name not in seen:
                         layer = self._rest_of_layer(number)
                         seen.update(other.name for other in layer)
                         yield partial(self._gather, layer)
                     yield partial(self._own_rows, source)
 
-    def _under_names(self, source: TensorSource, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
-        if self.is_stacked and source.parts:
+    def _under_names(self, source: LinearSource, packed: NVFP4Tensor) -> dict[str, torch.Tensor]:
+        if self.is_stacked and isinstance(source, ExpertsSource):
             return to_checkpoint(source.name, packed)
-        tensors = source.under_checkpoint_names(packed)
+        tensors = source.named(packed)
         one = torch.ones(1, dtype=torch.float32, device=packed.packed.device)
         return tensors | dict.fromkeys(_input_scales(source), one)
 
-    def _rest_of_layer(self, number: int) -> list[TensorSource]:
+    def _rest_of_layer(self, number: int) -> list[ShardedSource]:
         """The sharded weights of group `number` and of the groups behind it in the same decoder layer."""
         layer = _decoder_layer(self._groups[number][0].name)
         same_layer = takewhile(lambda group: _decoder_layer(group[0].name) == layer, self._groups[number:])
-        return [source for group in same_layer for source in group if source.shard is not None]
+        return [source for group in same_layer for source in group if isinstance(source, ShardedSource)]
 
-    def _gather(self, sources: list[TensorSource]) -> None:
+    def _gather(self, sources: list[ShardedSource]) -> None:
         """All of `sources`, in one all-gather."""
-        scales = [source.global_decode_scale() for source in sources if source.global_decode_scale is not None]
-        shards = [source.shard() for source in sources if source.shard is not None]
+        scales = [source.global_decode_scale() for source in sources]
+        shards = [source.read() for source in sources]
         packed = gather_packed(shards, scales, sources[0].scale_rule)
         self._gathered = {source.name: tensor for source, tensor in zip(sources, packed, strict=True)}
 
-    def _own_rows(self, source: TensorSource) -> tuple[torch.Tensor, NVFP4Tensor]:
-        assert source.shard is not None
+    def _own_rows(self, source: LinearSource) -> tuple[torch.Tensor, NVFP4Tensor]:
         # None where `take_part` runs: a weight that is not sharded by rows is gathered all the same.
-        return own_rows(source.shard(), self._gathered.get(source.name))  # type: ignore[arg-type]
+        return own_rows(source.read(), self._gathered.get(source.name))  # type: ignore[arg-type]
 
-    def weights(self) -> Iterator[tuple[TensorSource, torch.Tensor]]:
+    def weights(self) -> Iterator[tuple[Source, torch.Tensor]]:
         """(source, whole master weight), in the same order, unpacked: to compare an engine with."""
         sources = [source for group in self._groups for source in group]
-        self._gathers = iter([source.load for source in sources])
+        self._gathers = iter([source.master for source in sources])
         return ((source, next(self._gathers)()) for source in sources)
 
 
@@ -252,9 +252,9 @@ def _decoder_layer(name: str) -> str:
     return found.group() if found else name
 
 
-def _check_scales(packed: list[TensorSource]) -> None:
+def _check_scales(packed: list[LinearSource]) -> None:
     """One read from the device for all of them: finite, and equal among siblings."""
-    scales = [source.global_decode_scale() for source in packed if source.global_decode_scale is not None]
+    scales = [source.global_decode_scale() for source in packed]
     read = torch.cat([scale.to(scales[0].device).view(-1) for scale in scales])
     split = read.split([scale.numel() for scale in scales])
     by_name = {source.name: values.tolist() for source, values in zip(packed, split, strict=True)}
@@ -273,24 +273,25 @@ def _check_scales(packed: list[TensorSource]) -> None:
             )
 
 
-def _fused_groups(sources: list[TensorSource]) -> list[list[TensorSource]]:
+def _fused_groups(sources: list[Source]) -> list[list[Source]]:
     """Sources that land in one module of vLLM, biases included, side by side; groups in order of first appearance."""
-    groups: dict[str, list[TensorSource]] = {}
+    groups: dict[str, list[Source]] = {}
     for source in sources:
         layer = source.name.rpartition(".")[0]
-        groups.setdefault(fused_group_key(layer) if not source.parts else layer, []).append(source)
+        groups.setdefault(layer if isinstance(source, ExpertsSource) else fused_group_key(layer), []).append(source)
     return list(groups.values())
 
 
-def _input_scales(source: TensorSource) -> list[str]:
-    return [f"{layer_of(part.name)}.{INPUT_GLOBAL_SCALE}" for part in source.parts]
+def _input_scales(source: Source) -> list[str]:
+    parts = source.parts if isinstance(source, ExpertsSource) else ()
+    return [f"{layer_of(part.name)}.{INPUT_GLOBAL_SCALE}" for part in parts]
 
 
-def _group_layout(group: list[TensorSource], *, is_stacked: bool) -> list[TensorLayout]:
+def _group_layout(group: list[Source], *, is_stacked: bool) -> list[TensorLayout]:
     layout = []
     for source in group:
         tensors = source.layout()
-        if source.parts:
+        if isinstance(source, ExpertsSource):
             if is_stacked:
                 tensors = checkpoint_layout(source.name, source.shape)
             else:

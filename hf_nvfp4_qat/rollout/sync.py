@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, PACKED, layer_of
-from hf_nvfp4_qat.checkpoint.stream import TensorSource
+from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, PlainSource, Source
 from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all, sharding_groups
+from hf_nvfp4_qat.formats.names import INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import (
@@ -170,9 +170,10 @@ def _compare(worker: Any, stream: RolloutStream) -> EngineCheck:
         if not all(placement.is_plain for placement in placements):
             not_compared.append(source.name)
             continue
-        if source.global_decode_scale is not None:
+        if isinstance(source, LinearSource):
             weight = fake_quantize_unchecked(weight, source.global_decode_scale(), scale_rule=source.scale_rule)
-        weight = weight.to(source.dtype)
+        elif isinstance(source, PlainSource):
+            weight = weight.to(source.dtype)
         num_different = 0
         # By source: an engine may keep the same values twice, as keys and as values say.
         num_found: dict[Region | None, int] = {}
@@ -184,7 +185,7 @@ def _compare(worker: Any, stream: RolloutStream) -> EngineCheck:
             num_found[placement.source] = found.numel()
         if is_whole:
             num_different += weight.numel() - sum(num_found.values())
-        if source.input_amax is not None:
+        if isinstance(source, LinearSource) and source.input_amax is not None:
             expected = 1 / global_decode_scale_of_amax(source.input_amax())
             for placement in plan.by_tensor[f"{layer_of(source.name)}.{INPUT_GLOBAL_SCALE}"]:
                 num_different += int((reader.read(placement) != expected).sum())
@@ -342,11 +343,11 @@ class _EnginePlan:
         # vLLM's own loaders do not take stacked experts, so these must go by copies.
         self.is_stacked = self._replay is not None and self._replay.is_possible
 
-    def placements(self, source: TensorSource) -> list[Placement]:
+    def placements(self, source: Source) -> list[Placement]:
         """Where the weight `source` goes, of a quantized one its codes; as regions of all of it."""
         if not source.is_quantized:
             return self.by_tensor.get(source.name, [])
-        if not source.parts or self.is_stacked:
+        if not isinstance(source, ExpertsSource) or self.is_stacked:
             return self.by_tensor.get(f"{layer_of(source.name)}.{PACKED}", [])
         return [
             replace(placement, source=((part.expert, part.expert + 1), (start + first, start + last), columns))

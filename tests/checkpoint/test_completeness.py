@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.doctor import examine
 from hf_nvfp4_qat.cli import app
+from hf_nvfp4_qat.doctor.examine import examine
 from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 

@@ -66,10 +66,10 @@ def test_scales_chosen_by_error_are_what_is_trained_saved_and_loaded(make, scale
     for weight in qat_weights(copy.deepcopy(model)).values():
         assert weight.scale_rule == scale_rule
         expected = fake_quantize_nvfp4(
-            weight.weight.detach(), global_decode_scale=weight.global_decode_scale, scale_rule=scale_rule
+            weight.master.detach(), global_decode_scale=weight.global_decode_scale, scale_rule=scale_rule
         )
         assert torch.equal(weight.fake_quantized_weight(), expected)
-        assert not torch.equal(expected, fake_quantize_nvfp4(weight.weight.detach()))
+        assert not torch.equal(expected, fake_quantize_nvfp4(weight.master.detach()))
     model.save_pretrained(tmp_path / "a")
     assert verify_nvfp4(tmp_path / "a", model).ok
     again = load_nvfp4(tmp_path / "a")
@@ -78,7 +78,7 @@ def test_scales_chosen_by_error_are_what_is_trained_saved_and_loaded(make, scale
     again.save_pretrained(tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     for name, weight in qat_weights(again).items():
-        assert torch.equal(weight.weight, qat_weights(model)[name].fake_quantized_weight())
+        assert torch.equal(weight.master, qat_weights(model)[name].fake_quantized_weight())
     if make is tiny_qwen3:  # Transformers loses the global scales of experts
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
         assert torch.equal(plain(tokens()).logits, again(tokens()).logits)

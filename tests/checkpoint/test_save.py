@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4, verify_nvfp4
-from hf_nvfp4_qat.checkpoint import stream
-from hf_nvfp4_qat.checkpoint.files import CheckpointReader
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint
+from hf_nvfp4_qat.checkpoint import sources, stream
+from hf_nvfp4_qat.formats.files import CheckpointReader
+from hf_nvfp4_qat.formats.names import from_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules
 
 
@@ -154,7 +154,7 @@ def test_a_smaller_save_replaces_a_sharded_one(qat_model, tmp_path):
 def test_one_weight_is_packed_at_a_time(qat_model, tmp_path, monkeypatch):
     """At no time are more packed weights alive than one shard holds."""
     alive, most = [0], [0]
-    pack = stream.quantize_nvfp4
+    pack = sources.quantize_nvfp4
 
     class Counted:
         def __del__(self):
@@ -167,7 +167,7 @@ def test_one_weight_is_packed_at_a_time(qat_model, tmp_path, monkeypatch):
         most[0] = max(most[0], alive[0])
         return packed
 
-    monkeypatch.setattr(stream, "quantize_nvfp4", counting)
+    monkeypatch.setattr(sources, "quantize_nvfp4", counting)
     qat_model.save_pretrained(tmp_path, max_shard_size="8KB")
     num_shards = len(list(tmp_path.glob("*.safetensors")))
     assert num_shards > 5 and most[0] <= 3

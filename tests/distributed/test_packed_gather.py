@@ -71,7 +71,7 @@ def seen_in_forward(model) -> dict[str, torch.Tensor]:
     seen = {}
     for name, weight in qat_weights(model).items():
         model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
-            lambda module, args, name=name, weight=weight: seen.update({name: whole(weight.weight).detach().clone()})
+            lambda module, args, name=name, weight=weight: seen.update({name: whole(weight.master).detach().clone()})
         )
     return seen
 
@@ -112,9 +112,9 @@ def compare(
             module.reshard()
     expected = [
         fake_quantize_nvfp4(
-            whole(layer.weight).detach(), global_decode_scale=layer.global_decode_scale, scale_rule=recipe.scale_rule
+            whole(weight.master).detach(), global_decode_scale=weight.global_decode_scale, scale_rule=recipe.scale_rule
         ).to(dtype)
-        for layer in qat_weights(model).values()
+        for weight in qat_weights(model).values()
     ]
     found["seen"] = largest_difference([seen[name] for name in qat_weights(model)], expected)
     found["scale"] = largest_difference(

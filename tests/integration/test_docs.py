@@ -14,8 +14,8 @@ from fake_hub import FakeHub
 from messages import VALUE, messages
 
 import hf_nvfp4_qat
-from hf_nvfp4_qat.checkpoint.findings import RULES
 from hf_nvfp4_qat.cli import app
+from hf_nvfp4_qat.doctor.findings import RULES
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference.md"

@@ -102,7 +102,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_autocast_gives_the_same_numbers_with_a_weight_that_comes_quantized():
     """As FSDP2 gathers it; the input is rounded to the dtype of the product before it is quantized, in both cases."""
     layer, gathered, x = make_layer(), make_layer(), make_input(requires_grad=False)
-    gathered.weight_is_fake_quantized = True
+    gathered.nvfp4_weight.is_gathered = True
     with torch.no_grad():
         gathered.weight.copy_(layer.fake_quantized_weight())
     with torch.autocast("cpu", torch.bfloat16):

@@ -25,7 +25,7 @@ def decoded_twin(model):
     with torch.no_grad():
         for name, weight in qat_weights(qat).items():
             twin.get_parameter(name).copy_(
-                fake_quantize_nvfp4(weight.weight.detach(), global_decode_scale=weight.global_decode_scale)
+                fake_quantize_nvfp4(weight.master.detach(), global_decode_scale=weight.global_decode_scale)
             )
     return qat, twin
 
@@ -69,7 +69,7 @@ def test_one_expert_computes_what_a_linear_of_its_weights_does():
     experts = model.model.layers[0].mlp.experts
     weights = experts.nvfp4_weights
     gate_up, down = (
-        torch.stack([fake_quantize_nvfp4(matrix).float() for matrix in weights[name].weight.detach()])
+        torch.stack([fake_quantize_nvfp4(matrix).float() for matrix in weights[name].master.detach()])
         for name in ("gate_up_proj", "down_proj")
     )
     x = torch.randn(7, 64)
@@ -89,7 +89,7 @@ def test_each_expert_has_a_scale_of_its_own_shared_by_gate_and_up():
         model.model.layers[0].mlp.experts.gate_up_proj[3] *= 37
     model = prepare_qat(model)
     weight = model.model.layers[0].mlp.experts.nvfp4_weights["gate_up_proj"]
-    expected = global_decode_scale_of_amax(global_amax(weight.weight))
+    expected = global_decode_scale_of_amax(global_amax(weight.master))
     assert torch.equal(weight.global_decode_scale, expected) and weight.global_decode_scale[3] > 8 * expected[2]
 
 
@@ -153,7 +153,7 @@ def test_backward_quantizes_what_it_needs_once_more(implementation, monkeypatch)
     counted = CountQuantizations(monkeypatch)
     loss = model(input_ids=tokens(), labels=tokens()).loss
     in_forward = counted.num_elements
-    assert in_forward == sum(weight.weight.numel() for weight in qat_weights(model).values() if weight.weight.ndim == 3)
+    assert in_forward == sum(weight.master.numel() for weight in qat_weights(model).values() if weight.master.ndim == 3)
     loss.backward()
     assert in_forward < counted.num_elements <= 2 * in_forward
 
@@ -212,7 +212,7 @@ def test_scales_follow_the_optimizer_and_loading():
     optimizer.step()
     after = weight.global_decode_scale.clone()
     assert not torch.equal(before, after)
-    assert torch.equal(after, global_decode_scale_of_amax(global_amax(weight.weight)))
+    assert torch.equal(after, global_decode_scale_of_amax(global_amax(weight.master)))
     model.load_state_dict(tiny_qwen3_moe().state_dict())
     assert torch.equal(weight.global_decode_scale, before)
 

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_nvfp4_qat import prepare_qat, quantize_nvfp4, refresh_global_scales
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint
-from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.formats.names import from_checkpoint
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
 
 GROUPS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
@@ -192,7 +192,7 @@ def test_a_copied_layer_has_scales_of_its_own(qat_model):
 
 def test_a_step_of_another_model_does_not_touch_these_scales(qat_model, qwen3_dir, monkeypatch):
     other = load_qat(qwen3_dir)
-    scales = next(iter(qat_modules(qat_model).values())).global_scales
+    scales = next(iter(qat_weights(qat_model).values())).global_scales
     refreshed = []
     monkeypatch.setattr(scales, "_refresh", lambda groups: refreshed.extend(groups))
     take_step(other, torch.optim.SGD(other.parameters(), lr=0.1))
@@ -227,4 +227,4 @@ def test_a_second_optimizer_for_other_parameters_leaves_fresh_scales_alone():
     layer(torch.randn(1, 64)).sum().backward()
     matrices.step()
     rest.step()
-    assert layer.global_scales.is_fresh(layer)
+    assert layer.nvfp4_weight.global_scales.is_fresh(layer.nvfp4_weight)

@@ -26,7 +26,7 @@ def make_linear(dtype=torch.float32, bias: bool = True) -> QATLinear:
     torch.manual_seed(0)
     linear = nn.Linear(64, 48, bias=bias, dtype=dtype)
     layer = QATLinear.adopt(linear, name="layer", scale_group="layer", global_scales=GlobalScales())
-    layer.global_scales.refresh()
+    layer.nvfp4_weight.global_scales.refresh()
     return layer
 
 
@@ -228,7 +228,7 @@ def test_packing_and_unpacking_are_in_the_graph_of_torch_compile():
 def test_copies_and_pickles_are_independent_and_fresh():
     layer = make_linear()
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert type(twin) is QATLinear and twin.global_scales is not layer.global_scales
+        assert type(twin) is QATLinear and twin.nvfp4_weight.global_scales is not layer.nvfp4_weight.global_scales
         with torch.no_grad():
             twin.weight.mul_(1000)
         assert torch.equal(twin.fake_quantized_weight(), fake_quantize_nvfp4(twin.weight))
@@ -268,7 +268,7 @@ def test_a_computed_weight_is_refused_until_it_is_a_parameter_again(put_on, take
     take_off(layer, "weight")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = [take_step(model, optimizer).item() for _ in range(3)]
-    assert losses[2] < losses[0] and layer.global_scales.is_fresh(layer)
+    assert losses[2] < losses[0] and layer.nvfp4_weight.global_scales.is_fresh(layer.nvfp4_weight)
     model.save_pretrained(tmp_path / "packed")
     assert "model.layers.0.self_attn.o_proj.weight_packed" in load_file(tmp_path / "packed" / "model.safetensors")
 

@@ -26,7 +26,7 @@ def nobody_else():
 
 
 def lost_share(model, before) -> float:
-    after = {name: weight.weight.detach() for name, weight in qat_weights(model).items()}
+    after = {name: weight.master.detach() for name, weight in qat_weights(model).items()}
     total = sum(tensor.numel() for tensor in after.values())
     return sum(int((after[name] == before[name]).sum()) for name in after) / total
 
@@ -37,7 +37,7 @@ def test_lost_updates_are_told_once_with_their_share(make, said):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     take_step(model, optimizer)
     assert not said()  # the learning rate may be rising
-    before = {name: weight.weight.detach().clone() for name, weight in qat_weights(model).items()}
+    before = {name: weight.master.detach().clone() for name, weight in qat_weights(model).items()}
     take_step(model, optimizer)
     assert len(said()) == 1
     assert "Master weights in bfloat16 are too coarse for the learning rate 1e-06" in said()[0]
@@ -74,8 +74,8 @@ def test_values_without_a_gradient_do_not_count(said):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(2):
         for weight in qat_weights(model).values():
-            weight.weight.grad = torch.zeros_like(weight.weight)
-            weight.weight.grad[0] = 1.0
+            weight.master.grad = torch.zeros_like(weight.master)
+            weight.master.grad[0] = 1.0
         optimizer.step()
     assert not said() and model not in master_precision._waiting
 

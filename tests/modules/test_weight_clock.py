@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, refresh_global_scales
 from hf_nvfp4_qat.modules import global_scale
 from hf_nvfp4_qat.modules.calibration import share_input_amaxes
-from hf_nvfp4_qat.modules.swap import qat_modules, weights_epoch
+from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights, weights_epoch
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
@@ -167,7 +167,7 @@ def test_optimizers_of_the_models_other_parameters_leave_scales_fresh(qat_model)
             model(input_ids=tokens(), labels=tokens()).loss.backward()
             first.step()
             second.step()
-            assert all(layer.global_scales.is_fresh(layer) for layer in qat_modules(model).values())
+            assert all(weight.global_scales.is_fresh(weight) for weight in qat_weights(model).values())
     before = weights_epoch(model)
     second.step()
     assert weights_epoch(model) > before
@@ -177,7 +177,7 @@ def test_a_head_outside_the_model_in_the_same_optimizer_leaves_scales_fresh(qat_
     head = nn.Linear(64, 1)
     optimizer = torch.optim.SGD([*qat_model.parameters(), *head.parameters()], lr=0.1)
     take_step(qat_model, optimizer)
-    assert all(layer.global_scales.is_fresh(layer) for layer in qat_modules(qat_model).values())
+    assert all(weight.global_scales.is_fresh(weight) for weight in qat_weights(qat_model).values())
 
 
 def sharded(mesh, num: int = 3, *, times: float = 1.0) -> nn.Module:
@@ -243,7 +243,7 @@ def _steps_on_some_ranks(rank: int) -> tuple:
             probe = nn.Linear(4, 1)
             probe(torch.randn(2, 4)).sum().backward()
             torch.optim.SGD(probe.parameters(), lr=0.1).step()
-            assert all(layer.global_scales.is_fresh(layer) for layer in qat_modules(model).values())
+            assert all(weight.global_scales.is_fresh(weight) for weight in qat_weights(model).values())
     assert weights_epoch(model) == before
     model(x)
     model.reshard()
@@ -347,7 +347,7 @@ def test_a_model_that_no_optimizer_trains_follows_writes_through_data(qat_model)
 def test_a_model_in_training_is_not_refreshed_at_every_forward_of_an_evaluation(qat_model, monkeypatch):
     optimizer = torch.optim.SGD(qat_model.parameters(), lr=0.1)
     take_step(qat_model.train(), optimizer)
-    scales = next(iter(qat_modules(qat_model).values())).global_scales
+    scales = next(iter(qat_weights(qat_model).values())).global_scales
     refreshed = []
     monkeypatch.setattr(scales, "_refresh", refreshed.append)
     qat_model.eval()(input_ids=tokens())

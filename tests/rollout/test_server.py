@@ -16,7 +16,7 @@ from conftest import SMALL_ENGINE, load_qat, tiny_qwen3
 from fake_server import answering
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
-from hf_nvfp4_qat.checkpoint.names import quantization_config
+from hf_nvfp4_qat.formats.names import quantization_config
 from hf_nvfp4_qat.rollout.server import check_server, reset_server_caches, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 

@@ -54,7 +54,7 @@ def _push(make, rank: int) -> tuple:
         torch.equal(fake_quantize_nvfp4(weight, global_decode_scale=packed.global_decode_scale), packed.dequantize())
         for _, weight, packed in observed
     )
-    num_weights = sum(weight.weight.numel() for weight in qat_weights(whole).values())
+    num_weights = sum(weight.master.numel() for weight in qat_weights(whole).values())
     # One gather a decoder layer, of half of the rows in 4.5 bits a weight.
     gathers = (len(sent), sum(sent) == num_weights // 2 * 4.5 / 8)
     return (

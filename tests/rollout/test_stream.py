@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_nvfp4_qat import NVFP4QATConfig, fake_quantize_nvfp4, prepare_qat, save_nvfp4
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint
 from hf_nvfp4_qat.checkpoint.stream import packed_sources
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.formats.names import from_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.rollout.server import check_alignment
 from hf_nvfp4_qat.rollout.stream import RolloutStream
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 
 
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama])
@@ -89,9 +89,9 @@ def test_one_module_is_alive_at_a_time():
     loads: list[int] = []
     for group in stream._groups:
         for i, source in enumerate(group):
-            load = source.load
+            read = source.read
             group[i] = copy.copy(source)
-            object.__setattr__(group[i], "load", lambda load=load: (loads.append(len(alive)), load())[1])
+            object.__setattr__(group[i], "read", lambda read=read: (loads.append(len(alive)), read())[1])
     for name, _ in stream:
         alive.append(name)
     # Each weight was loaded when exactly the tensors of the groups before its own had been taken.
@@ -115,9 +115,9 @@ def test_a_weight_with_nan_is_refused_by_name_before_anything_is_sent(qat_model)
 
 def test_siblings_with_different_scales_are_refused(qat_model):
     layer = qat_model.model.layers[0].self_attn.k_proj
-    layer.global_scales._groups["model.layers.0.self_attn.qkv_proj"].pop(layer)
-    layer.scale_group = "alone"
-    layer.global_scales.add(layer)
+    layer.nvfp4_weight.global_scales._groups["model.layers.0.self_attn.qkv_proj"].pop(layer.nvfp4_weight)
+    layer.nvfp4_weight.scale_group = "alone"
+    layer.nvfp4_weight.global_scales.add(layer.nvfp4_weight)
     with torch.no_grad():
         layer.weight.mul_(64)
     with pytest.raises(ValueError, match=r"self_attn\.(q|k)_proj\.weight has .* and .*(q|k|v)_proj\.weight has"):

@@ -51,7 +51,7 @@ def test_qat_closes_the_gap_between_sampler_and_trainer(folder, tmp_path, monkey
             model = load_qat(folder)
             if kind == "without qat":
                 for layer in qat_modules(model).values():
-                    layer.weight_is_fake_quantized = True  # so forward takes it as it is
+                    layer.nvfp4_weight.is_quantized = False  # so forward takes it as it is
             trainer = make_trainer(model, folder, tmp_path, [rollouts()])
         trainer.train()
         assert len(logged(trainer, MISMATCH)) == 3

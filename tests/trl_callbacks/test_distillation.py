@@ -34,10 +34,10 @@ def make_trainer(folder, tmp_path, callbacks=(), **options):
 
 def test_the_student_trains_and_is_what_is_saved(folder, tmp_path):
     trainer = make_trainer(folder, tmp_path)
-    before = {name: weight.weight.detach().clone() for name, weight in qat_weights(trainer.model).items()}
+    before = {name: weight.master.detach().clone() for name, weight in qat_weights(trainer.model).items()}
     trainer.train()
     assert len(logged(trainer, "loss")) == 2 and all(loss > 0 for loss in logged(trainer, "loss"))
-    assert all(not torch.equal(before[name], weight.weight) for name, weight in qat_weights(trainer.model).items())
+    assert all(not torch.equal(before[name], weight.master) for name, weight in qat_weights(trainer.model).items())
     save_nvfp4(trainer.model, tmp_path / "packed")
     assert verify_nvfp4(tmp_path / "packed", trainer.model).ok
 
