@@ -81,9 +81,10 @@ def decode_throughput(engine, batches: list[int], num_in: int = 128, num_out: in
 def measure(engine_kind: str, options: argparse.Namespace) -> dict:
     """All numbers of one engine, beside a model in training on the same GPU."""
     from hf_nvfp4_qat import prepare_qat
-    from hf_nvfp4_qat.rollout.engine import kernel_name
     from hf_nvfp4_qat.rollout.stream import RolloutStream
-    from hf_nvfp4_qat.rollout.sync import check, engine_arguments, sync, worker_of
+    from hf_nvfp4_qat.rollout.sync import check, engine_arguments, sync
+    from hf_nvfp4_qat.rollout.vllm.engine import worker_of
+    from hf_nvfp4_qat.rollout.vllm.reading import kernel_name
 
     model = make_model(options.shape, options.layers)
     if engine_kind == "nvfp4":

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE
+
 Region = tuple[tuple[int, int], ...]
 """(start, stop) per dim of a tensor; empty for a tensor without dims, which is one value."""
 
@@ -25,3 +27,14 @@ class Placement:
     source: Region | None
     is_plain: bool = True
     constant: float = 0.0
+
+
+def slices(region: Region, *, widen: int = 1) -> tuple[slice, ...]:
+    """`region` as an index; `widen` multiplies the last dim, from packed bytes to the two values in each."""
+    factors = [1] * (len(region) - 1) + [widen]
+    return tuple(slice(factor * start, factor * stop) for factor, (start, stop) in zip(factors, region, strict=False))
+
+
+def is_compared(placement: Placement) -> bool:
+    """Whether a placement holds values of its own to compare: not a constant, and not the scales, which codes imply."""
+    return placement.source is not None and not placement.parameter.endswith((BLOCK_SCALE, GLOBAL_ENCODE_SCALE))

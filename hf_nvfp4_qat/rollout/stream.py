@@ -1,27 +1,14 @@
-"""The packed weights of a model as a stream of tensors, in the order in which vLLM can take them one module at a time.
+"""The packed weights of a model as a stream of tensors, in the order in which an engine takes them module by module.
 
-    order within one fused module of vLLM          why
-    -------------------------------------          -------------------------------------------------------------
-    global scales   float32        [1]             first: receivers cut tensors out of one byte buffer, and a float32
-    pass-through    bfloat16       any             must start at a multiple of 4 bytes
-    packed codes    uint8          [N, K / 2]
-    block scales    float8_e4m3fn  [N, K / 16]
-
-Siblings that vLLM fuses (q/k/v, gate/up, the experts of a layer) travel together, so that the engine never holds more
-than one unfinished module. Tensors are fresh unless a receiver in the same process says it needs no copies: an
-optimizer or a sharding library may overwrite a training weight while a sender still reads it. A weight is packed on the
-device where it lies.
-
-Experts travel one by one, as checkpoints hold them, with a constant input scale: vLLM counts it, and holds the experts
-of all layers back until it comes. Or, for a receiver that knows where they go, stacked: one tensor for all of a layer.
+Tensors are fresh unless a receiver in the same process says it needs no copies: an optimizer or a sharding library may
+overwrite a training weight while a sender still reads it. A weight is packed on the device where it lies.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -29,49 +16,17 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, PlainSource, ShardedSource, Source
-from hf_nvfp4_qat.checkpoint.stream import (
-    ignored_layers,
-    is_tied,
-    packed_sources,
-    wrong_tied_settings,
-)
-from hf_nvfp4_qat.formats.names import (
-    GLOBAL_ENCODE_SCALE,
-    INPUT_GLOBAL_SCALE,
-    checkpoint_layout,
-    layer_of,
-    quantization_config,
-    to_checkpoint,
-)
+from hf_nvfp4_qat.checkpoint.stream import is_tied, wrong_tied_settings
+from hf_nvfp4_qat.formats.names import layer_of, quantization_config, to_checkpoint
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
+from hf_nvfp4_qat.rollout.plan import input_scales, plan_of
+from hf_nvfp4_qat.rollout.report import SyncReport
 from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.packed import gather_packed
 from hf_nvfp4_qat.sharding.parts import own_rows
 
 NamedTensor = tuple[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """What a receiver must know of a tensor before it comes."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the wire."""
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
-
-    @property
-    def dtype_name(self) -> str:
-        """As vLLM and TRL write dtypes: ``bfloat16``."""
-        return str(self.dtype).removeprefix("torch.")
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype_name} {list(self.shape)}"
 
 
 class RolloutStream:
@@ -90,28 +45,19 @@ class RolloutStream:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Refresh the model's global scales and plan the push.
+        """Refresh the model's global scales, and plan its pushes if this is the first.
 
         Raises:
             ValueError: `model` has no QAT layers, a weight is not finite, siblings differ in their global scale, or the
                 count does not add up.
         """
-        sources = packed_sources(model, live=True)
-        packed = [source for source in sources if isinstance(source, LinearSource)]
-        if not packed:
-            raise ValueError(
-                f"Rollouts take the packed weights of a QAT model; {type(model).__name__} has no QAT layers. Load it "
-                "with `quantization_config=NVFP4QATConfig()` or call `prepare_qat(model)`."
-            )
-        _check_scales(packed)
-        self._groups = _fused_groups(sources)
+        self._plan = plan = plan_of(model)
+        _check_scales(plan.packed)
+        self._groups, self.experts = plan.groups, plan.experts
         self.is_stacked = False
-        self.experts = {source.name: source.parts for source in packed if isinstance(source, ExpertsSource)}
-        self.num_packed = len(packed)
-        self._scale_rule = packed[0].scale_rule
-        self.quantizes_input = packed[0].input_amax is not None
-        self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
-        self.ignored_layers = ignored_layers(model, sources)
+        self._group_layouts, self.layout = plan.layouts(is_stacked=False)
+        self.num_packed, self.num_bf16_bytes = len(plan.packed), plan.num_bf16_bytes
+        self.quantizes_input, self.ignored_layers = plan.quantizes_input, plan.ignored_layers
         self.tied_settings = wrong_tied_settings(model.config, is_tied(model)) if hasattr(model, "config") else {}
         # What takes all processes and is still to come, in the order that is the same on all of them.
         self._gathers: Iterator[Callable[[], Any]] = iter(())
@@ -119,19 +65,9 @@ class RolloutStream:
 
     def stack_experts(self, is_stacked: bool = True) -> None:
         """Let each fused weight come in one piece, under its module's name, or not; before anything is read."""
-        if is_stacked == self.is_stacked or not self.experts:
-            return
-        self.is_stacked = is_stacked
-        for name in ("_group_layouts", "layout"):
-            vars(self).pop(name, None)
-
-    @cached_property
-    def layout(self) -> tuple[TensorLayout, ...]:  # noqa: D102
-        return tuple(item for layout in self._group_layouts for item in layout)
-
-    @cached_property
-    def _group_layouts(self) -> list[list[TensorLayout]]:
-        return [_group_layout(group, is_stacked=self.is_stacked) for group in self._groups]
+        if is_stacked != self.is_stacked and self.experts:
+            self.is_stacked = is_stacked
+            self._group_layouts, self.layout = self._plan.layouts(is_stacked=is_stacked)
 
     @property
     def num_bytes(self) -> int:  # noqa: D102
@@ -141,8 +77,12 @@ class RolloutStream:
     def quantization_config(self) -> dict[str, Any]:
         """What an engine that takes this stream must be configured with."""
         return quantization_config(
-            self.ignored_layers, scale_rule=self._scale_rule, quantizes_input=self.quantizes_input
+            self.ignored_layers, scale_rule=self._plan.packed[0].scale_rule, quantizes_input=self.quantizes_input
         )
+
+    def report(self, seconds: float) -> SyncReport:
+        """What the push took."""
+        return SyncReport(seconds, self.num_bytes, self.num_bf16_bytes, self.num_packed, len(self.layout))
 
     def __iter__(self) -> Iterator[NamedTensor]:
         return self.tensors()
@@ -161,7 +101,7 @@ class RolloutStream:
             fresh: copy pass-through weights that need no conversion. False is for a receiver that has copied
                 everything before the next training step, and saves it a copy of the embedding.
         """
-        self._gathers, self._gathered = self._gathers_of_a_push(), {}
+        self._begin(self._gathers_of_a_push())
         return self._tensors(observe, fresh)
 
     def _tensors(self, observe: Callable[[str, torch.Tensor, NVFP4Tensor], None], fresh: bool) -> Iterator[NamedTensor]:
@@ -188,7 +128,14 @@ class RolloutStream:
             for item in layout:
                 # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
                 yield item.name, tensors.pop(item.name)
+        self._end()
+
+    def _begin(self, gathers: Iterator[Callable[[], Any]]) -> None:
+        self._gathers, self._gathered, self._plan.is_under_way = gathers, {}, True
+
+    def _end(self) -> None:
         self._gathers = iter(())  # which held this object, and with it the model
+        self._plan.is_under_way = False
 
     def take_part(self) -> None:
         """After an error, run the gathers that the other processes still wait for, and drop what they bring.
@@ -220,7 +167,7 @@ class RolloutStream:
             return to_checkpoint(source.name, packed)
         tensors = source.named(packed)
         one = torch.ones(1, dtype=torch.float32, device=packed.packed.device)
-        return tensors | dict.fromkeys(_input_scales(source), one)
+        return tensors | dict.fromkeys(input_scales(source), one)
 
     def _rest_of_layer(self, number: int) -> list[ShardedSource]:
         """The sharded weights of group `number` and of the groups behind it in the same decoder layer."""
@@ -242,8 +189,13 @@ class RolloutStream:
     def weights(self) -> Iterator[tuple[Source, torch.Tensor]]:
         """(source, whole master weight), in the same order, unpacked: to compare an engine with."""
         sources = [source for group in self._groups for source in group]
-        self._gathers = iter([source.master for source in sources])
-        return ((source, next(self._gathers)()) for source in sources)
+        self._begin(iter([source.master for source in sources]))
+        return self._weights(sources)
+
+    def _weights(self, sources: list[Source]) -> Iterator[tuple[Source, torch.Tensor]]:
+        for source in sources:
+            yield source, next(self._gathers)()
+        self._end()
 
 
 def _decoder_layer(name: str) -> str:
@@ -271,32 +223,3 @@ def _check_scales(packed: list[LinearSource]) -> None:
                 f"vLLM decodes fused siblings with one global scale; {sibling} has {by_name[sibling]} and {name} has "
                 f"{value}. Nothing was sent. Prepare the whole model at once, so that siblings share their scale."
             )
-
-
-def _fused_groups(sources: list[Source]) -> list[list[Source]]:
-    """Sources that land in one module of vLLM, biases included, side by side; groups in order of first appearance."""
-    groups: dict[str, list[Source]] = {}
-    for source in sources:
-        layer = source.name.rpartition(".")[0]
-        groups.setdefault(layer if isinstance(source, ExpertsSource) else fused_group_key(layer), []).append(source)
-    return list(groups.values())
-
-
-def _input_scales(source: Source) -> list[str]:
-    parts = source.parts if isinstance(source, ExpertsSource) else ()
-    return [f"{layer_of(part.name)}.{INPUT_GLOBAL_SCALE}" for part in parts]
-
-
-def _group_layout(group: list[Source], *, is_stacked: bool) -> list[TensorLayout]:
-    layout = []
-    for source in group:
-        tensors = source.layout()
-        if isinstance(source, ExpertsSource):
-            if is_stacked:
-                tensors = checkpoint_layout(source.name, source.shape)
-            else:
-                tensors |= dict.fromkeys(_input_scales(source), (torch.float32, (1,)))
-        layout += [TensorLayout(name, dtype, shape) for name, (dtype, shape) in tensors.items()]
-    # Stable: siblings keep their order. Widest elements first keeps every tensor aligned to its own element size.
-    scales = (GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE)
-    return sorted(layout, key=lambda item: (not item.name.endswith(scales), -item.dtype.itemsize))

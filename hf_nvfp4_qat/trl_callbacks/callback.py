@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import wraps
 from importlib.util import find_spec
 from typing import Any
@@ -14,9 +14,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_nvfp4_qat.modules.swap import qat_weights, refresh_global_scales
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
-from hf_nvfp4_qat.rollout.routing import routing_arguments
+from hf_nvfp4_qat.rollout.vllm.routing import routing_arguments
 from hf_nvfp4_qat.trl_callbacks.generation import NVFP4Generation, mark
-from hf_nvfp4_qat.trl_callbacks.metrics import record, record_mismatch, record_routing
+from hf_nvfp4_qat.trl_callbacks.metrics import record_mismatch, record_routing
 
 logger = logging.getLogger(__name__)
 
@@ -97,23 +97,30 @@ class NVFP4RolloutCallback(TrainerCallback):
                 f"NVFP4RolloutCallback needs a model that trains in NVFP4; {type(model).__name__} has no QAT layers. "
                 "Load it with `quantization_config=NVFP4QATConfig()` or call `prepare_qat(model)`."
             )
-        mark(model, self)
+        mark(model, self._build)
         _check_before_evaluation(trainer, self)
 
-    def adopt(self, generation: NVFP4Generation) -> None:
-        """Called when TRL has built its engine.
+    def _build(self, trl_generation: Any, original: Callable[[], None]) -> None:
+        """Make the engine that TRL is about to make.
 
         Raises:
-            ValueError: `routing_every` with a server, or with a model without experts.
+            ValueError: as ``NVFP4Generation.build``; `routing_every` with a server, or with a model without experts.
         """
+        find_trainer = self._trainer or (lambda: None)
+        generation = NVFP4Generation(
+            trl_generation, find_trainer, check_every=self.check_every, engine_kwargs=self.engine_kwargs
+        )
+        generation.build(original)
         self.generation = generation
-        trainer = self._trainer() if self._trainer else None
+        trainer = find_trainer()
         if trainer is not None:
             record_mismatch(trainer)
             if self.routing_every:
-                self._record_routing(trainer, generation)
+                if trl_generation.mode != "colocate":
+                    raise ValueError("`routing_every` needs an engine in this process: set vllm_mode='colocate'.")
+                record_routing(trainer, trl_generation.llm, self.routing_every)
         if self.quantize_ref_model:
-            self._quantize_ref_model(trainer, generation.trl.model)
+            self._quantize_ref_model(trainer, trl_generation.model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,32 +159,15 @@ class NVFP4RolloutCallback(TrainerCallback):
         import transformers
         import trl
 
-        from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
+        from hf_nvfp4_qat.rollout.vllm.versions import vllm_version
 
-        assert self.generation is not None
+        generation = self.generation
+        assert generation is not None
         return (
-            f"NVFP4 rollouts: {self.generation.trl.mode} mode, {self.generation.num_packed} weights packed, kernel "
-            f"{self.generation.kernel}, vLLM {vllm_version()}, TRL {trl.__version__}, "
+            f"NVFP4 rollouts: {generation.trl_generation.mode} mode, {generation.num_packed} weights packed, kernel "
+            f"{generation.kernel}, vLLM {vllm_version()}, TRL {trl.__version__}, "
             f"transformers {transformers.__version__}, torch {torch.__version__}"
         )
-
-    def pushed(self, generation: NVFP4Generation) -> None:
-        """Called after each push: record what it took."""
-        report = generation.last_report
-        trainer = self._trainer() if self._trainer else None
-        if report is not None and trainer is not None:
-            record(
-                trainer,
-                sync_seconds=report.seconds,
-                sync_mib=report.num_bytes / 2**20,
-                compression=report.compression,
-                **generation.sample.metrics(),
-            )
-
-    def _record_routing(self, trainer: Any, generation: NVFP4Generation) -> None:
-        if generation.trl.mode != "colocate":
-            raise ValueError("`routing_every` needs an engine in this process: set vllm_mode='colocate'.")
-        record_routing(trainer, generation.trl.llm, self.routing_every)
 
     def _quantize_ref_model(self, trainer: Any, model: Any) -> None:
         ref_model = getattr(trainer, "ref_model", None)  # trainers without a KL penalty have none

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,57 +26,42 @@ from torch import nn
 from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all
 from hf_nvfp4_qat.distributed.gather import reshard
 from hf_nvfp4_qat.modules.swap import weights_epoch
-from hf_nvfp4_qat.rollout.engine import kernel_name
-from hf_nvfp4_qat.rollout.server import (
+from hf_nvfp4_qat.rollout.report import EngineCheck, SyncReport
+from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
+from hf_nvfp4_qat.rollout.sync import check, sync
+from hf_nvfp4_qat.rollout.vllm.engine import VLLMEngine
+from hf_nvfp4_qat.rollout.vllm.reading import kernel_name
+from hf_nvfp4_qat.rollout.vllm.server import (
     check_alignment,
     check_server,
     reset_server_caches,
     start_command,
     with_start_command,
 )
-from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
-from hf_nvfp4_qat.rollout.sync import (
-    EngineCheck,
-    SyncReport,
-    allow_to_generate,
-    check,
-    engine_arguments_of,
-    prepare,
-    refuse_to_generate,
-    sync,
-    worker_of,
-)
-from hf_nvfp4_qat.rollout.vllm_versions import vllm_version
-from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample
+from hf_nvfp4_qat.rollout.vllm.versions import vllm_version
+from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample, record
 from hf_nvfp4_qat.trl_callbacks.trl_versions import check_trl, private, sharding_of, weights_sleep
 
 logger = logging.getLogger(__name__)
 
-
-class Rollout(Protocol):
-    """What a marked model brings: options, and what to call when TRL has built its engine and after each push."""
-
-    engine_kwargs: dict[str, Any]
-    check_every: int
-
-    def adopt(self, generation: "NVFP4Generation") -> None:
-        """Take the generation of the marked model."""
-
-    def pushed(self, generation: "NVFP4Generation") -> None:
-        """A push has succeeded."""
+_ASLEEP = "sleep mode discarded its weights"
 
 
-_marked: WeakKeyDictionary[nn.Module, Rollout] = WeakKeyDictionary()
+Build = Callable[[Any, Callable[[], None]], None]
+"""Makes the engine of a ``VLLMGeneration``, given TRL's own way to make it."""
+
+# Models for which TRL has not built an engine yet.
+_marked: WeakKeyDictionary[nn.Module, Build] = WeakKeyDictionary()
 
 
-def mark(model: nn.Module, rollout: Rollout) -> None:
-    """Have TRL roll out on the packed weights of `model`, from the moment it builds an engine for it.
+def mark(model: nn.Module, build: Build) -> None:
+    """Have TRL call `build` when it would build an engine for `model`.
 
     Raises:
         ValueError: a TRL version without the seam this needs.
     """
     _wrap_engine_construction()
-    _marked[model] = rollout
+    _marked[model] = build
 
 
 def _wrap_engine_construction() -> None:
@@ -89,38 +74,54 @@ def _wrap_engine_construction() -> None:
 
     @wraps(original)
     def _init_vllm(self: Any) -> None:
-        # Taken out: a rollout refers to its model, and a weak dictionary would keep both for ever.
-        rollout = _marked.pop(self.model, None)
-        if rollout is None:
+        # Taken out: what it builds refers to the model, and a weak dictionary would keep both for ever.
+        build = _marked.pop(self.model, None)
+        if build is None:
             original(self)
         else:
-            generation = NVFP4Generation(self, rollout)
-            generation.build(lambda: original(self))
-            rollout.adopt(generation)
+            build(self, lambda: original(self))
 
     _init_vllm.nvfp4 = True  # type: ignore[attr-defined]
     VLLMGeneration._init_vllm = _init_vllm
 
 
 class NVFP4Generation:
-    """One ``VLLMGeneration`` of TRL, made to roll out on packed weights.
+    """One ``VLLMGeneration`` of TRL, made to roll out on packed weights, and what is known of its pushes.
 
     Attributes:
-        trl: TRL's object; its ``sync_weights``, ``generate`` and, for a server, ``_iter_named_params`` are replaced.
+        trl_generation: TRL's object; its ``sync_weights``, ``generate`` and, for a server, ``_iter_named_params`` are
+            replaced.
         last_report, last_check: of the last push; in server mode there is no check.
         num_pushes: that succeeded.
         sample: weight statistics of the last push.
     """
 
-    def __init__(self, trl_generation: Any, rollout: Rollout) -> None:
-        self.trl = trl_generation
-        self._rollout = rollout
+    def __init__(
+        self,
+        trl_generation: Any,
+        find_trainer: Callable[[], Any] = lambda: None,
+        *,
+        check_every: int = 100,
+        engine_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Before ``build``.
+
+        Args:
+            trl_generation: the ``VLLMGeneration`` that is being made.
+            find_trainer: the trainer whose metrics get what is measured, if it is still there.
+            check_every, engine_kwargs: as for ``NVFP4RolloutCallback``.
+        """
+        self.trl_generation = trl_generation
+        self._find_trainer = find_trainer
+        self._check_every = check_every
+        self._engine_kwargs = engine_kwargs or {}
         self.num_pushes = 0
         self.sample = WeightSample()
         self.last_report: SyncReport | None = None
         self.last_check: EngineCheck | None = None
         self.kernel = ""
         self.num_packed = 0
+        self._engine: VLLMEngine
         self._push_of_trl = trl_generation.sync_weights
         self._generate_of_trl = trl_generation.generate
         self._push: Callable[[], None]
@@ -131,14 +132,14 @@ class NVFP4Generation:
         self._refusal = "no weights were pushed yet"
         self._pushed_epoch = -1
 
-    def build(self, original: Any) -> None:
+    def build(self, original: Callable[[], None]) -> None:
         """Build TRL's engine or connect to its server, the NVFP4 way.
 
         Raises:
             ValueError: FSDP1, ZeRO, a server without NVFP4 or with another model, an engine without NVFP4.
         """
         vllm_version()
-        fsdp_version, zero_stage = sharding_of(self.trl)
+        fsdp_version, zero_stage = sharding_of(self.trl_generation)
         if fsdp_version == 1:
             raise ValueError(
                 "NVFP4 rollouts need FSDP2: TRL loses track of the root of an FSDP1 model. Set fsdp_version: 2."
@@ -148,75 +149,82 @@ class NVFP4Generation:
                 f"NVFP4 rollouts do not work with DeepSpeed ZeRO yet; got stage {zero_stage}. Training without "
                 "rollouts does. Use FSDP2, or plain data parallelism."
             )
-        if self.trl.accelerator.num_processes > 1 and (fsdp_version or self.trl.mode == "server"):
+        if self.trl_generation.accelerator.num_processes > 1 and (fsdp_version or self.trl_generation.mode == "server"):
             # Every process pushes at the same time, and none can push without the others.
             self._groups = [dist.group.WORLD]
-        stream = RolloutStream(self.trl.model)
+        stream = RolloutStream(self.trl_generation.model)
         self.num_packed = stream.num_packed
-        if self.trl.mode == "server":
+        if self.trl_generation.mode == "server":
             self._connect(original, stream)
         else:
-            with _engine_made_with(self._rollout.engine_kwargs, engine_arguments_of(stream)):
+            with _engine_made_with(self._engine_kwargs, VLLMEngine.arguments(stream)):
                 original()
             self._take_over_engine(stream)
-        self.trl.sync_weights = self._push_and_remember
-        self.trl.generate = self._generate
+        self.trl_generation.sync_weights = self._push_and_remember
+        self.trl_generation.generate = self._generate
 
     def _take_over_engine(self, stream: RolloutStream) -> None:
-        llm = self.trl.llm
-        weights_sleep(self.trl)  # raises now what would raise later
-        worker = worker_of(llm)
-        served = type(worker.model_runner.get_model()).__name__
+        weights_sleep(self.trl_generation)  # raises now what would raise later
+        engine = self._engine = VLLMEngine(self.trl_generation.llm)
+        served = type(engine.worker.model_runner.get_model()).__name__
         if served.startswith("Transformers"):
             raise ValueError(
                 f"vLLM has no implementation of its own for this model and runs it through {served}, which changes the "
                 "class of the model in training too, in the same process. Use server mode."
             )
-        self.kernel = kernel_name(worker)
+        self.kernel = kernel_name(engine.worker)
         if not self.kernel:
             raise ValueError(
                 "The engine runs no layer in NVFP4; vLLM ignored the configuration of the rollouts. Leave "
                 "`quantization` and `hf_overrides` out of `engine_kwargs`."
             )
-        refuse_to_generate(llm, self._refusal)
-        if not self.trl.enable_sleep_mode:
+        engine.refuse(self._refusal)
+        if not self.trl_generation.enable_sleep_mode:
             # While nothing is lost yet. A sleeping engine has no weights to look at before the first push.
-            prepare(llm, stream)
+            engine.place(stream)
         self._push = self._push_into_engine
 
-    def _connect(self, original: Any, stream: RolloutStream) -> None:
-        trl = self.trl
+    def _connect(self, original: Callable[[], None], stream: RolloutStream) -> None:
+        trl_generation = self.trl_generation
         if stream.quantizes_input:
             raise ValueError(
                 "The model trains with NVFP4 inputs (W4A4), and a server does not tell whether its kernel quantizes "
                 "them: GPUs before Blackwell leave it out. Use colocate mode, or train with `activations='bf16'`."
             )
-        private(trl, "_weight_metadata")  # raises now what would raise later
+        private(trl_generation, "_weight_metadata")  # raises now what would raise later
         config = stream.quantization_config
-        base_url = trl.server_base_url or f"http://{trl.server_host}:{trl.server_port}"
-        command = start_command(trl.model.name_or_path, config, base_url, stream.tied_settings)
+        base_url = trl_generation.server_base_url or f"http://{trl_generation.server_host}:{trl_generation.server_port}"
+        command = start_command(trl_generation.model.name_or_path, config, base_url, stream.tied_settings)
         check_alignment(stream.layout)
-        if trl.accelerator.is_main_process:
+        if trl_generation.accelerator.is_main_process:
             with with_start_command(command):
-                check_server(base_url, trl.model, config, timeout=trl.server_timeout)
+                check_server(base_url, trl_generation.model, config, timeout=trl_generation.server_timeout)
         with with_start_command(command):
             original()
         self.kernel = "in the server"
-        trl._weight_metadata = _metadata(stream)
-        trl._iter_named_params = self._tensors_for_server
+        trl_generation._weight_metadata = _metadata(stream)
+        trl_generation._iter_named_params = self._tensors_for_server
         self._push = partial(self._push_to_server, base_url)
 
     def _push_and_remember(self) -> None:
         """Replaces TRL's ``sync_weights``. Generation is refused until it has succeeded."""
         self._refusal = "its last weight push failed"
         self.sample.start()
-        reshard(self.trl.model)  # what FSDP2 has gathered is not what it shards
-        epoch = weights_epoch(self.trl.model)
+        reshard(self.trl_generation.model)  # what FSDP2 has gathered is not what it shards
+        epoch = weights_epoch(self.trl_generation.model)
         self._push()
         self._pushed_epoch = epoch
         self._refusal = ""
         self.num_pushes += 1
-        self._rollout.pushed(self)
+        trainer, report = self._find_trainer(), self.last_report
+        if trainer is not None and report is not None:
+            record(
+                trainer,
+                sync_seconds=report.seconds,
+                sync_mib=report.num_bytes / 2**20,
+                compression=report.compression,
+                **self.sample.metrics(),
+            )
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """Replaces TRL's ``generate``, with the weights of this moment.
@@ -225,39 +233,39 @@ class NVFP4Generation:
         between two evaluations, an average swapped in.
         """
         if self._is_outdated():
-            self.trl.sync_weights()
-        if self._refusal and not (self.trl.mode == "colocate" and weights_sleep(self.trl)):
+            self.trl_generation.sync_weights()
+        if self._refusal and not (self.trl_generation.mode == "colocate" and weights_sleep(self.trl_generation)):
             raise RuntimeError(f"vLLM must not generate: {self._refusal}.")
         try:
             return self._generate_of_trl(*args, **kwargs)
         finally:
-            if self.trl.mode == "colocate" and self.trl.enable_sleep_mode:
-                refuse_to_generate(self.trl.llm, "sleep mode discarded its weights")
+            if self.trl_generation.mode == "colocate" and self.trl_generation.enable_sleep_mode:
+                self._engine.refuse(_ASLEEP)
 
     def _is_outdated(self) -> bool:
         """Whether the weights may have changed, on any process, since they were pushed; all processes ask together."""
-        is_outdated = not self._refusal and weights_epoch(self.trl.model) != self._pushed_epoch
-        accelerator = self.trl.accelerator
+        is_outdated = not self._refusal and weights_epoch(self.trl_generation.model) != self._pushed_epoch
+        accelerator = self.trl_generation.accelerator
         if accelerator.num_processes == 1:
             return is_outdated
         return bool(accelerator.reduce(torch.tensor(float(is_outdated), device=accelerator.device)).item())
 
     def _push_into_engine(self) -> None:
         """Wake the weights, push, and prove the first pushes and every few more."""
-        trl = self.trl
+        trl_generation, engine = self.trl_generation, self._engine
         with failing_together(self._groups):
-            if trl.enable_sleep_mode:
+            if trl_generation.enable_sleep_mode:
                 from trl.generation.vllm_generation import empty_cache
 
-                refuse_to_generate(trl.llm, "sleep mode discarded its weights")
+                engine.refuse(_ASLEEP)
                 empty_cache()
-                trl.llm.wake_up(tags=["weights"])
-        self.last_report = sync(trl.llm, trl.model, observe=self.sample.observe)
-        every = self._rollout.check_every
+                trl_generation.llm.wake_up(tags=["weights"])
+        self.last_report = sync(trl_generation.llm, trl_generation.model, observe=self.sample.observe)
+        every = self._check_every
         # The second push is the first that repeats recorded copies.
         if self.num_pushes < 2 or (every and self.num_pushes % every == 0):
-            refuse_to_generate(trl.llm, "its weights were not compared with the trainer's yet")
-            self.last_check = check(trl.llm, trl.model)
+            engine.refuse("its weights were not compared with the trainer's yet")
+            self.last_check = check(trl_generation.llm, trl_generation.model)
             with failing_together(self._groups):
                 if not self.last_check.ok:
                     self._refuse_different(self.last_check)
@@ -268,8 +276,8 @@ class NVFP4Generation:
                     len(skipped),
                     skipped[0],
                 )
-            allow_to_generate(trl.llm)
-        trl._llm_weights_sleeping = False
+            engine.allow()
+        trl_generation._llm_weights_sleeping = False
 
     def _refuse_different(self, found: EngineCheck) -> None:
         name, count = next(iter(found.different.items()))
@@ -278,24 +286,24 @@ class NVFP4Generation:
             f"{name} with {count} values"
         )
         self._refusal = reason
-        refuse_to_generate(self.trl.llm, reason)
+        self._engine.refuse(reason)
         raise RuntimeError(f"vLLM took the push, but {reason} (kernel {self.kernel}, vLLM {vllm_version()}).")
 
     def _push_to_server(self, base_url: str) -> None:
         start = time.perf_counter()
         # Here, and not in the generator: the server would wait for ever for tensors that an error keeps back.
-        stream = self._stream = RolloutStream(self.trl.model)
+        stream = self._stream = RolloutStream(self.trl_generation.model)
         with failing_together(self._groups):
-            if _metadata(stream) != self.trl._weight_metadata:
+            if _metadata(stream) != self.trl_generation._weight_metadata:
                 raise ValueError(
                     "The model's tensors changed since the server was told of them. Restart trainer and server."
                 )
         self._failure = None
         try:
             self._push_of_trl()
-            if self.trl.accelerator.is_main_process:
+            if self.trl_generation.accelerator.is_main_process:
                 # TRL asks for this too, and does not look at the answer.
-                reset_server_caches(base_url, timeout=self.trl.server_timeout)
+                reset_server_caches(base_url, timeout=self.trl_generation.server_timeout)
         except Exception as error:
             # The error of the packing comes first: it may be why the transfer fails too.
             self._failure = self._failure or error
@@ -306,13 +314,7 @@ class NVFP4Generation:
                 f"The push of weights to the server failed half-way: {failures[0]} The server holds some new weights, "
                 "and is not asked to generate until a push succeeds."
             ) from self._failure
-        self.last_report = SyncReport(
-            seconds=time.perf_counter() - start,
-            num_bytes=stream.num_bytes,
-            num_bf16_bytes=stream.num_bf16_bytes,
-            num_packed=stream.num_packed,
-            num_tensors=len(stream.layout),
-        )
+        self.last_report = stream.report(time.perf_counter() - start)
 
     def _tensors_for_server(self) -> Iterator[NamedTensor]:
         """Replaces TRL's parameter generator.
@@ -332,8 +334,9 @@ class NVFP4Generation:
             logger.error("Packing weights for the server failed: %s", error)
             self._failure = error
             stream.take_part()
+            device = self.trl_generation.accelerator.device
             for item in stream.layout[num_sent:]:
-                yield item.name, torch.zeros(item.shape, dtype=item.dtype, device=self.trl.accelerator.device)
+                yield item.name, torch.zeros(item.shape, dtype=item.dtype, device=device)
 
 
 def _metadata(stream: RolloutStream) -> list[tuple[str, str, list[int]]]:

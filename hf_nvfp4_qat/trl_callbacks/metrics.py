@@ -7,7 +7,7 @@ import torch
 
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
-from hf_nvfp4_qat.rollout.routing import compare_routing, recorded_outputs, recorded_routing
+from hf_nvfp4_qat.rollout.vllm.routing import compare_routing, recorded_outputs, recorded_routing
 from hf_nvfp4_qat.trl_callbacks.trl_versions import (
     compared_tensors,
     compares_log_probabilities,

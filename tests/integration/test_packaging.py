@@ -71,7 +71,7 @@ def test_the_wheel_says_what_it_is_and_how_to_start_it(archives):
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert str(metadata.get_payload()).strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert entry_points["console_scripts"]["nvfp4-qat"] == "hf_nvfp4_qat.cli:main"
-    assert entry_points["vllm.general_plugins"]["hf_nvfp4_qat_cpu"] == "hf_nvfp4_qat.rollout.cpu_plugin:register"
+    assert entry_points["vllm.general_plugins"]["hf_nvfp4_qat_cpu"] == "hf_nvfp4_qat.rollout.vllm.cpu_plugin:register"
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from hf_nvfp4_qat import fake_quantize_nvfp4, prepare_qat
 from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.rollout import stream as stream_module
+from hf_nvfp4_qat.rollout.engine import Engine
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
 
@@ -88,46 +89,77 @@ def sharded_model():
     return model
 
 
-class Engine:
-    """As much of an engine as a push needs here: it takes tensors, and may fail at one of them."""
+class Receiver(Engine):
+    """Another kind of engine: it takes tensors, and may fail at one of them."""
 
-    def __init__(self):
-        self.llm_engine = SimpleNamespace(add_request=lambda: "generated", step=lambda: "generated")
-        self.received = []
+    name, is_whole = "a list", True
+
+    def __init__(self, llm):
+        self.received, self.refusal = [], ""
 
     def take(self, name, tensor):
         self.received.append(name)
 
-    def plan(self, worker, stream):
+    def wait(self):
+        pass
+
+    @staticmethod
+    def is_mine(llm):
+        return isinstance(llm, Receiver)
+
+    @staticmethod
+    def arguments(stream):
+        return {}
+
+    def place(self, stream):
         self.received.clear()
-        return SimpleNamespace(load=lambda tensors, layout: [self.take(*item) for item in tensors])
+        return {}
+
+    def push(self, tensors, layout):
+        for item in tensors:
+            self.take(*item)
+        self.wait()
+
+    def reader(self):
+        raise AssertionError("there is nothing to read")
+
+    def reset_caches(self, *, restart_requests=False):
+        pass
+
+    def refuse(self, reason):
+        self.refusal = reason
+
+    def allow(self):
+        self.refusal = ""
+
+    def generate(self):
+        if self.refusal:
+            raise RuntimeError(self.refusal)
+        return "generated"
 
 
 def _pushes(failing_rank: int, rank: int) -> list:
     from hf_nvfp4_qat.rollout import sync as sync_module
     from hf_nvfp4_qat.sharding import packed
 
-    model, engine = sharded_model(), Engine()
-    sync_module.vllm_version = sync_module.worker_of = lambda *args: None
-    sync_module._plan = engine.plan
-    sync_module._wait_for_device = sync_module.reset_caches = lambda *args, **kwargs: None
-
-    sync_module._compare = lambda worker, stream: [engine.take(*item) for item in stream.weights()]
+    model, engine = sharded_model(), Receiver(None)
+    sync_module.engine_of = lambda llm: llm
+    sync_module._compare = lambda engine, stream: [engine.take(*item) for item in stream.weights()]
     number = len(RolloutStream(model).layout)
     results = []
     for push, owner, name, failing_call in (
-        (sync_module.sync, sync_module, "reset_caches", 1),  # before anything is sent
+        (sync_module.sync, engine, "reset_caches", 1),  # before anything is sent
         (sync_module.sync, packed, "encode_rows", 3),  # before a gather
         (sync_module.sync, packed, "packed_rows", 9),  # after one
         (sync_module.sync, stream_module, "own_rows", 2),
         (sync_module.sync, engine, "take", 20),  # in the receiver
-        (sync_module.sync, sync_module, "_wait_for_device", 1),
+        (sync_module.sync, engine, "wait", 1),
         (sync_module.check, engine, "take", 7),
     ):
         with failing_at(owner, name, failing_call) if rank == failing_rank else nullcontext():
-            results.append((name, raised(lambda push=push: push(engine, model)), raised(engine.llm_engine.add_request)))
+            results.append((name, raised(lambda push=push: push(engine, model)), raised(engine.generate)))
         sync_module.sync(engine, model)
-        assert len(engine.received) == number and engine.llm_engine.add_request() == "generated"
+        assert len(engine.received) == number and engine.generate() == "generated"
         assert len(sync_module.check(engine, model)) == sum(1 for _ in model.parameters())
     return results
 
@@ -188,8 +220,7 @@ def _server_pushes(failing_rank: int, rank: int) -> list:
     )  # fmt: skip
     model.name_or_path = "tiny"
     generation_module.check_server = generation_module.reset_server_caches = lambda *args, **kwargs: None
-    rollout = SimpleNamespace(engine_kwargs={}, check_every=0, pushed=lambda generation: None)
-    generation = generation_module.NVFP4Generation(trl, rollout)
+    generation = generation_module.NVFP4Generation(trl, check_every=0)
     generation.build(lambda: None)
     expected = [[item.name, list(item.shape)] for item in RolloutStream(model).layout]
     cases = [

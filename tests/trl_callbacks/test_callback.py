@@ -181,7 +181,7 @@ def test_a_callback_can_serve_one_trainer_after_the_other(folder, tmp_path):
     for _ in range(2):
         trainer = make_trainer(load_qat(folder), folder, tmp_path, [callback], max_steps=1)
         trainer.train()
-        assert callback.generation.trl is trainer.vllm_generation
+        assert callback.generation.trl_generation is trainer.vllm_generation
         assert callback.generation.last_check.ok
 
 

@@ -10,8 +10,9 @@ from trl_trainers import logged, make_trainer, rollouts
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations
 from hf_nvfp4_qat.rollout import stream as stream_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import check, engine_arguments, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import refresh_copies
+from hf_nvfp4_qat.rollout.sync import check, engine_arguments
+from hf_nvfp4_qat.rollout.vllm.engine import worker_of
+from hf_nvfp4_qat.rollout.vllm.versions import refresh_copies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -50,7 +50,7 @@ def test_how_the_model_is_sharded_must_be_said(name):
     trl_generation = SimpleNamespace(sync_weights=None, generate=None, mode="colocate", _dist=backend)
     delattr(trl_generation if name == "_dist" else backend, name)
     with pytest.raises(ValueError, match=f"need `{name}` of TRL's"):
-        NVFP4Generation(trl_generation, None).build(None)
+        NVFP4Generation(trl_generation).build(None)
 
 
 @pytest.mark.vllm
@@ -62,7 +62,7 @@ def test_what_each_mode_needs_is_asked_for_before_the_first_push(mode, name):
     stream = SimpleNamespace(quantizes_input=False)
     arguments = [stream] if mode == "_take_over_engine" else [None, stream]
     with pytest.raises(ValueError, match=f"need `{name}` of TRL's"):
-        getattr(NVFP4Generation(trl_generation, None), mode)(*arguments)
+        getattr(NVFP4Generation(trl_generation), mode)(*arguments)
 
 
 def trainer_of(module: str, **attributes):

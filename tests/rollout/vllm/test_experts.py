@@ -6,10 +6,11 @@ from conftest import load_qat, tiny_moe
 from vllm_engines import empty_engine, generate, make_engine, release_engines
 
 from hf_nvfp4_qat import save_nvfp4
-from hf_nvfp4_qat.rollout import engine as engine_module
-from hf_nvfp4_qat.rollout.engine import kernel_name
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import check, sync, worker_of
+from hf_nvfp4_qat.rollout.sync import check, sync
+from hf_nvfp4_qat.rollout.vllm import replay as replay_module
+from hf_nvfp4_qat.rollout.vllm.engine import worker_of
+from hf_nvfp4_qat.rollout.vllm.reading import kernel_name
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -73,7 +74,7 @@ def test_all_ways_into_an_engine_give_the_same_bits(folder, model, tmp_path, mon
     first, second = sync(stacked, model), sync(stacked, model)
     assert first.num_tensors < 60 and second.num_bytes == first.num_bytes
     assert check(stacked, model).ok and generate(stacked) == tokens
-    monkeypatch.setattr(engine_module, "can_replay", lambda worker, model: False)
+    monkeypatch.setattr(replay_module, "can_replay", lambda worker, model: False)
     one_by_one = empty_engine(folder, model)
     for _ in range(2):
         assert sync(one_by_one, model).num_tensors == len(RolloutStream(model).layout) > 200

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from hf_nvfp4_qat.modules.swap import fused_experts
-from hf_nvfp4_qat.rollout.sync import reset_caches, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import moe_routers
+from hf_nvfp4_qat.rollout.vllm.engine import VLLMEngine
+from hf_nvfp4_qat.rollout.vllm.versions import moe_routers
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,9 @@ def _watched_prefill(llm: Any, tokens: tuple[int, ...]) -> torch.Tensor:
     from vllm import SamplingParams
 
     seen: dict[int, list[torch.Tensor]] = {}
-    routers = moe_routers(worker_of(llm).model_runner.get_model())
-    reset_caches(llm)  # what is cached is not computed
+    engine = VLLMEngine(llm)
+    routers = moe_routers(engine.worker.model_runner.get_model())
+    engine.reset_caches()  # what is cached is not computed
     before = {layer: router.capture_fn for layer, router in routers.items()}
     for layer, router in routers.items():
         router.set_capture_fn(lambda ids, layer=layer: seen.setdefault(layer, []).append(ids.long().cpu()))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SMALL_ENGINE, load_qat, tiny_llama, tiny_qwen3_moe
 
-from hf_nvfp4_qat.rollout.routing import (
+from hf_nvfp4_qat.rollout.vllm.routing import (
     EngineSequence,
     ModelForward,
     RoutingDifference,
@@ -99,8 +99,9 @@ def test_the_engine_routes_as_the_model_does_until_a_router_is_changed(tmp_path)
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    from hf_nvfp4_qat.rollout.sync import engine_arguments, sync, worker_of
-    from hf_nvfp4_qat.rollout.vllm_versions import moe_routers
+    from hf_nvfp4_qat.rollout.sync import engine_arguments, sync
+    from hf_nvfp4_qat.rollout.vllm.engine import worker_of
+    from hf_nvfp4_qat.rollout.vllm.versions import moe_routers
 
     cleanup_dist_env_and_memory()
     tiny_qwen3_moe(vocab_size=512, hidden_size=128, head_dim=32, initializer_range=0.06).to(

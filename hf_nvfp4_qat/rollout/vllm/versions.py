@@ -160,6 +160,18 @@ def abandon_reload(model: nn.Module, model_config: Any) -> None:
     layerwise.finalize_layerwise_reload(model, model_config)
 
 
+@contextmanager
+def reloading(worker: Any, model: nn.Module) -> Iterator[None]:
+    """Around all that writes new weights: CUDA graphs go on with them, and after an error another push is possible."""
+    with current_config(worker), stable_addresses(model), torch.no_grad():
+        try:
+            yield
+            refresh_copies(model)
+        except BaseException:
+            abandon_reload(model, worker.model_config)
+            raise
+
+
 def begin_module(module: nn.Module) -> dict[str, torch.Tensor]:
     """Give one module the tensors that checkpoints have, uninitialized, beside the ones its kernel computes with.
 

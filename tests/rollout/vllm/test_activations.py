@@ -8,8 +8,9 @@ from conftest import load_qat, tiny_qwen3
 from vllm_engines import SIZES, empty_engine, generate, make_engine, release_engines, save, train_a_little
 
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, save_nvfp4
-from hf_nvfp4_qat.rollout.engine import check_kernel, kernel_name
-from hf_nvfp4_qat.rollout.sync import check, sync, worker_of
+from hf_nvfp4_qat.rollout.sync import check, sync
+from hf_nvfp4_qat.rollout.vllm.engine import worker_of
+from hf_nvfp4_qat.rollout.vllm.reading import check_kernel, kernel_name
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -12,7 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 from vllm_engines import empty_engine, generate, make_engine, release_engines
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
-from hf_nvfp4_qat.rollout.sync import check, sync, worker_of
+from hf_nvfp4_qat.rollout.sync import check, sync
+from hf_nvfp4_qat.rollout.vllm.engine import worker_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

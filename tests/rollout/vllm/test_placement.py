@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hf_nvfp4_qat.rollout.engine import _linear_bias, _linear_weight, _region, slices
+from hf_nvfp4_qat.rollout.placement import slices
+from hf_nvfp4_qat.rollout.vllm.loading import _region
+from hf_nvfp4_qat.rollout.vllm.reading import _linear_bias, _linear_weight
 
 
 @pytest.mark.parametrize(

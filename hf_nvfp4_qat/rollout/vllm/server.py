@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 from hf_nvfp4_qat.checkpoint.stream import is_tied, wrong_tied_settings
 from hf_nvfp4_qat.formats.names import activations_of
-from hf_nvfp4_qat.rollout.stream import TensorLayout
+from hf_nvfp4_qat.rollout.plan import TensorLayout
 
 # Sizes by which two models of one family differ.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

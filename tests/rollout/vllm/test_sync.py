@@ -20,10 +20,12 @@ from vllm_engines import (
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4
 from hf_nvfp4_qat.rollout import sync as sync_module
-from hf_nvfp4_qat.rollout.engine import kernel_name, place_tensors
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import check, refuse_to_generate, sync, worker_of
-from hf_nvfp4_qat.rollout.vllm_versions import plain_tensors, unprocessed_loaders
+from hf_nvfp4_qat.rollout.sync import check, sync
+from hf_nvfp4_qat.rollout.vllm.engine import VLLMEngine, worker_of
+from hf_nvfp4_qat.rollout.vllm.loading import place_tensors
+from hf_nvfp4_qat.rollout.vllm.reading import kernel_name
+from hf_nvfp4_qat.rollout.vllm.versions import plain_tensors, unprocessed_loaders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -134,7 +136,7 @@ def without_plan(engine):
 
 @pytest.mark.usefixtures("without_plan")
 def test_a_model_whose_loading_is_more_than_copies_goes_through_vllms_loaders_every_time(engine, model, monkeypatch):
-    monkeypatch.setattr("hf_nvfp4_qat.rollout.engine.can_replay", lambda worker, model: False)
+    monkeypatch.setattr("hf_nvfp4_qat.rollout.vllm.replay.can_replay", lambda worker, model: False)
     asked = []
     engine_model = worker_of(engine).model_runner.get_model()
     load = engine_model.load_weights
@@ -347,7 +349,7 @@ def test_a_stream_that_breaks_its_announcement_is_a_failure_half_way(engine, mod
 
 
 def test_an_engine_that_was_never_filled_can_be_told_to_refuse(engine, model):
-    refuse_to_generate(engine, "no weights were pushed yet")
+    VLLMEngine(engine).refuse("no weights were pushed yet")
     with pytest.raises(RuntimeError, match="no weights were pushed yet"):
         generate(engine)
     sync(engine, model)
@@ -458,10 +460,10 @@ def test_requests_do_not_go_on_after_a_push_that_failed_half_way(engine, model, 
     sync(engine, model)
     add_request(engine)
 
-    def failing(worker):
+    def failing(device):
         raise OSError("the device is lost")
 
-    monkeypatch.setattr(sync_module, "_wait_for_device", failing)
+    monkeypatch.setattr("hf_nvfp4_qat.rollout.vllm.engine._wait_for_device", failing)
     with pytest.raises(RuntimeError, match="half-way: OSError: the device is lost"):
         sync(engine, model, restart_requests=True)
     with pytest.raises(RuntimeError, match="must not generate.*the device is lost"):
@@ -493,7 +495,7 @@ def test_a_function_that_was_put_on_the_engine_before_comes_back(engine, model):
     sync(engine, model)
     assert owner.add_request is theirs
     for reason in ("one", "another"):
-        refuse_to_generate(engine, reason)
+        VLLMEngine(engine).refuse(reason)
     with pytest.raises(RuntimeError, match="another"):
         generate(engine)
     assert not calls
@@ -506,7 +508,7 @@ def test_a_function_that_was_put_on_the_engine_before_comes_back(engine, model):
 
 def test_a_function_that_was_put_around_a_refusal_stays_and_is_refused_again(engine, model):
     owner = engine.llm_engine
-    refuse_to_generate(engine, "not yet")
+    VLLMEngine(engine).refuse("not yet")
     refusal = owner.add_request
     theirs, calls = wrap(owner, "add_request")
     with pytest.raises(RuntimeError, match="not yet"):
@@ -515,7 +517,7 @@ def test_a_function_that_was_put_around_a_refusal_stays_and_is_refused_again(eng
     assert owner.add_request is theirs
     generate(engine)
     assert len(calls) == 1 + len(PROMPTS)
-    refuse_to_generate(engine, "again")
+    VLLMEngine(engine).refuse("again")
     with pytest.raises(RuntimeError, match="again"):
         generate(engine)
     owner.add_request = refusal  # theirs is undone
@@ -543,7 +545,7 @@ def test_an_engine_whose_loaders_cannot_be_watched_stays_as_it_is(engine, model,
         unprocessed_loaders(engine_model)
         raise AttributeError("a loader without a name")
 
-    monkeypatch.setattr("hf_nvfp4_qat.rollout.engine.unprocessed_loaders", broken)
+    monkeypatch.setattr("hf_nvfp4_qat.rollout.vllm.loading.unprocessed_loaders", broken)
     with pytest.raises(AttributeError, match="without a name"):
         place_tensors(worker_of(engine), RolloutStream(model).layout)
     assert generate(engine) == before

@@ -17,8 +17,8 @@ from fake_server import answering
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
 from hf_nvfp4_qat.formats.names import quantization_config
-from hf_nvfp4_qat.rollout.server import check_server, reset_server_caches, start_command, with_start_command
 from hf_nvfp4_qat.rollout.stream import RolloutStream
+from hf_nvfp4_qat.rollout.vllm.server import check_server, reset_server_caches, start_command, with_start_command
 
 SIZES = dict(vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from hf_nvfp4_qat.rollout.vllm_versions import NEWEST_TESTED, OLDEST, installed_vllm, is_tested
+from hf_nvfp4_qat.rollout.vllm.versions import NEWEST_TESTED, OLDEST, installed_vllm, is_tested
 
 # Below vLLM's logger, whose handler shows the line in every process of the engine.
 logger = logging.getLogger("vllm.hf_nvfp4_qat")

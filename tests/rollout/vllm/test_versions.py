@@ -4,8 +4,8 @@ import logging
 
 import pytest
 
-from hf_nvfp4_qat.rollout import cpu_plugin, vllm_versions
-from hf_nvfp4_qat.rollout.vllm_versions import NEWEST_TESTED, OLDEST, vllm_version
+from hf_nvfp4_qat.rollout.vllm import cpu_plugin, versions
+from hf_nvfp4_qat.rollout.vllm.versions import NEWEST_TESTED, OLDEST, vllm_version
 
 pytestmark = pytest.mark.vllm
 
@@ -22,13 +22,13 @@ def lines(caplog) -> list[str]:
 @pytest.fixture
 def log(caplog, monkeypatch):
     """Warnings; vLLM's loggers do not hand theirs on."""
-    monkeypatch.setattr(cpu_plugin, "logger", logging.getLogger("hf_nvfp4_qat.rollout.cpu_plugin"))
+    monkeypatch.setattr(cpu_plugin, "logger", logging.getLogger("hf_nvfp4_qat.rollout.vllm.cpu_plugin"))
     with caplog.at_level(logging.WARNING, logger="hf_nvfp4_qat"):
         yield caplog
 
 
 def test_a_newer_vllm_than_tested_gets_one_warning_and_an_older_one_an_error(vllm, monkeypatch, log):
-    monkeypatch.setattr(vllm_versions, "_warned", set())
+    monkeypatch.setattr(versions, "_warned", set())
     vllm_version()
     assert not lines(log)
     monkeypatch.setattr(vllm, "__version__", "99.1.0+cpu")
