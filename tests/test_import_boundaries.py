@@ -126,3 +126,10 @@ def test_public_names_are_the_documented_ones():
     assert set(hf_nvfp4_qat.__all__) <= set(dir(hf_nvfp4_qat))
     for name in hf_nvfp4_qat.__all__:
         assert getattr(hf_nvfp4_qat, name).__doc__, name
+
+
+def test_no_test_file_imports_from_another_one():
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").rpartition(".")[2].startswith("test_"), f"{path}: {node.module}"

@@ -1,19 +1,17 @@
 """load_nvfp4 starts where the checkpoint was served."""
 
 import copy
-import json
 import shutil
 
 import pytest
 import torch
 from conftest import load_qat, take_step, tiny_qwen3, tiny_qwen3_moe, tokens
-from safetensors.torch import load_file, save_file
+from packed_files import UP, edit_config, other_tools_checkpoint
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_nvfp4_qat import NVFP4QATConfig, coverage, fake_quantize_nvfp4, load_nvfp4, prepare_qat, verify_nvfp4
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
-
-UP = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +30,6 @@ def damaged(packed, tmp_path):
     _, path = packed
     shutil.copytree(path, tmp_path / "copy")
     return tmp_path / "copy", load_file(path / "model.safetensors")
-
-
-def rewrite(path, tensors) -> None:
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-
-
-def edit_config(path, **changes) -> None:
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"].update(changes)
-    (path / "config.json").write_text(json.dumps(config))
 
 
 def test_our_checkpoint_continues_with_identical_values(packed, tmp_path):
@@ -105,15 +93,6 @@ def test_exactly_the_packed_layers_train_in_nvfp4(qwen3_dir, tmp_path):
     narrower = load_nvfp4(tmp_path, NVFP4QATConfig(exclude=["re:.*layers.1.mlp"]))
     assert len(narrower.nvfp4_requantization.not_trained) == 3
     assert coverage(narrower).excluded["model.layers.1.mlp.up_proj"].startswith("exclude")
-
-
-def other_tools_checkpoint(path, tensors) -> None:
-    """As another tool writes it: global scales 2688 / amax, not powers of two, and a W4A4 activation scale."""
-    for name in list(tensors):
-        if name.endswith("weight_global_scale"):
-            tensors[name] = tensors[name] * 1.37
-            tensors[name.replace("weight_global_scale", "input_global_scale")] = torch.ones(1)
-    rewrite(path, tensors)
 
 
 def test_another_tools_checkpoint_is_loaded_from_its_decoded_values_with_a_report(damaged):

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_
 def by_compressed_tensors(path: Path) -> None:
     """A W4A16 checkpoint as llm-compressor writes it: their packer, 2688 / amax, their fields in config.json."""
     pytest.importorskip("compressed_tensors")
-    from checkpoint.test_compressed_tensors import their_pack
+    from their_packing import their_pack
 
     model = tiny_llama().bfloat16()
     model.save_pretrained(path)
@@ -880,9 +879,7 @@ def test_a_hostile_architecture_is_not_built(change, healthy, tmp_path):
     path = copy_of(healthy, "ours", tmp_path / "copy")
     (path / "evil.py").write_text("raise SystemExit('run')")
     config(**change)(path)
-    start = time.monotonic()
     assert {finding.rule for finding in examine(path).findings} & {"not-compared", "bad-config"}
-    assert time.monotonic() - start < 10
 
 
 def test_of_what_config_json_names_only_models_are_called(healthy, tmp_path, monkeypatch):

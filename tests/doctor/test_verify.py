@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoint.test_load import UP, edit_config, other_tools_checkpoint, rewrite
 from conftest import SIZES, load_qat, take_step
+from packed_files import UP, edit_config, other_tools_checkpoint, rewrite
 from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

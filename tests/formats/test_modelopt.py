@@ -137,6 +137,7 @@ def test_compressed_tensors_own_converter_gives_our_tensors(llama_dir, tmp_path)
         assert torch.equal(theirs[name].reshape(tensor.shape).view(torch.uint8), tensor.view(torch.uint8)), name
 
 
+@pytest.mark.peers
 def test_modelopt_itself_decodes_our_tensors_to_our_values(llama_dir, tmp_path):
     qtensor = pytest.importorskip("modelopt.torch.quantization.qtensor")
     model = make(llama_dir, NVFP4QATConfig())
@@ -265,7 +266,7 @@ def test_the_command_converts_and_refuses_an_occupied_folder(llama_dir, tmp_path
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_vllm_generates_the_same_from_both_dialects(tmp_path):
-    from rollout.vllm.test_sync import generate, make_engine, release_engines, save
+    from vllm_engines import generate, make_engine, release_engines, save
 
     changes = {**SIZES, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
     save(tiny_llama(**changes), tmp_path / "source")

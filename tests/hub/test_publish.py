@@ -1,40 +1,29 @@
 """push_to_hub and loading by repository id, through the real hub client against a local server."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import load_qat, tiny_qwen3
-from fake_hub import FakeHub
+from conftest import byte_tokenizer, load_qat, tiny_qwen3
 from huggingface_hub import ModelCard
-from trl_callbacks.test_callback import byte_tokenizer
+from online_hub import OnlineHub
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.layer_report import inspect_checkpoint
 
 
-def run_online(code: str, hub: FakeHub, tmp_path, *arguments: str, token: str = "hf_test", fails: bool = False) -> str:
-    """Run Python with the fake hub as endpoint; huggingface_hub reads its settings at import, hence the process.
+@pytest.fixture(scope="module")
+def online_hub():
+    with OnlineHub() as hub:
+        yield hub
 
-    Gives what it prints; of one that is to fail, the errors.
-    """
-    environment = {
-        **{name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"},
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf_home"),
-        "HF_TOKEN": token,
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr if fails else done.stdout
+
+@pytest.fixture
+def hub(online_hub):
+    """Empty, as are the caches of those that will talk to it."""
+    online_hub.forget()
+    return online_hub
 
 
 PUSH = """
@@ -53,35 +42,33 @@ else:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
-def test_pushing_publishes_the_packed_checkpoint_and_loading_by_id_continues_from_it(qwen3_dir, tmp_path, how):
-    with FakeHub() as hub:
-        run_online(PUSH, hub, tmp_path, str(qwen3_dir), how, str(tmp_path / "saved"))
-        files = hub.repos["me/tiny-NVFP4"]
-        assert {"model.safetensors", "config.json", "generation_config.json", "README.md"} <= set(files)
-        assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "compressed-tensors"
-        copy = tmp_path / "copy"
-        copy.mkdir()
-        for name, content in files.items():
-            if "/" not in name:
-                (copy / name).write_bytes(content)
-        assert verify_nvfp4(copy, load_qat(qwen3_dir)).ok
-        code = (
-            "from hf_nvfp4_qat import load_nvfp4, verify_nvfp4\n"
-            "model = load_nvfp4('me/tiny-NVFP4')\n"
-            "print(model.nvfp4_requantization); print(verify_nvfp4('me/tiny-NVFP4', model).ok)"
-        )
-        output = run_online(code, hub, tmp_path)
-        assert "all 73,728 weights keep their values" in output and output.strip().endswith("True")
+def test_pushing_publishes_the_packed_checkpoint_and_loading_by_id_continues_from_it(qwen3_dir, tmp_path, how, hub):
+    hub.run(PUSH, str(qwen3_dir), how, str(tmp_path / "saved"))
+    files = hub.repos["me/tiny-NVFP4"]
+    assert {"model.safetensors", "config.json", "generation_config.json", "README.md"} <= set(files)
+    assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "compressed-tensors"
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, content in files.items():
+        if "/" not in name:
+            (copy / name).write_bytes(content)
+    assert verify_nvfp4(copy, load_qat(qwen3_dir)).ok
+    code = (
+        "from hf_nvfp4_qat import load_nvfp4, verify_nvfp4\n"
+        "model = load_nvfp4('me/tiny-NVFP4')\n"
+        "print(model.nvfp4_requantization); print(verify_nvfp4('me/tiny-NVFP4', model).ok)"
+    )
+    output = hub.run(code)
+    assert "all 73,728 weights keep their values" in output and output.strip().endswith("True")
 
 
 @pytest.mark.slow
-def test_a_repository_that_does_not_exist_is_one_readable_error(tmp_path):
-    with FakeHub() as hub:
-        code = (
-            "from hf_nvfp4_qat import verify_nvfp4\n"
-            "try:\n    verify_nvfp4('me/nothing')\nexcept ValueError as error:\n    print(error)"
-        )
-        assert "'me/nothing' is neither" in run_online(code, hub, tmp_path)
+def test_a_repository_that_does_not_exist_is_one_readable_error(hub):
+    code = (
+        "from hf_nvfp4_qat import verify_nvfp4\n"
+        "try:\n    verify_nvfp4('me/nothing')\nexcept ValueError as error:\n    print(error)"
+    )
+    assert "'me/nothing' is neither" in hub.run(code)
 
 
 CLI = "from hf_nvfp4_qat.cli import main; main()"
@@ -112,21 +99,20 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_a_pushed_checkpoint_is_one_commit_that_plain_transformers_loads_by_name(packed, qwen3_dir, tmp_path):
+def test_a_pushed_checkpoint_is_one_commit_that_plain_transformers_loads_by_name(packed, qwen3_dir, tmp_path, hub):
     (tmp_path / "scores.json").write_text('{"held-out loss": 1.69}')
-    with FakeHub() as hub:
-        output = run_online(
-            CLI, hub, tmp_path, "push", packed, REPO, "--original", qwen3_dir, "--base-model", "me/base",
-            "--evaluation", tmp_path / "scores.json", "--private",
-        )  # fmt: skip
-        assert f"{hub.url}/{REPO}/commit/" in output
-        assert len(hub.commits) == 1
-        files = hub.repos[REPO]
-        assert not {"trainer_state.json", "optimizer.pt"} & set(files)
-        assert {"tokenizer.json", "model-00002-of-00002.safetensors", "README.md"} <= set(files)
-        card = ModelCard(files["README.md"].decode())
-        local, remote = run_online(GENERATE, hub, tmp_path, packed), run_online(GENERATE, hub, tmp_path, REPO)
-        assert local == remote
+    output = hub.run(
+        CLI, "push", packed, REPO, "--original", qwen3_dir, "--base-model", "me/base",
+        "--evaluation", tmp_path / "scores.json", "--private",
+    )  # fmt: skip
+    assert f"{hub.url}/{REPO}/commit/" in output
+    assert len(hub.commits) == 1
+    files = hub.repos[REPO]
+    assert not {"trainer_state.json", "optimizer.pt"} & set(files)
+    assert {"tokenizer.json", "model-00002-of-00002.safetensors", "README.md"} <= set(files)
+    card = ModelCard(files["README.md"].decode())
+    local, remote = hub.run(GENERATE, packed), hub.run(GENERATE, REPO)
+    assert local == remote
     assert card.data.base_model == "me/base" and card.data.base_model_relation == "quantized"
     assert {"nvfp4", "compressed-tensors"} <= set(card.data.tags)
     assert "quantization-aware-training" not in card.data.tags  # nobody knows how these weights came about
@@ -139,7 +125,7 @@ def test_a_pushed_checkpoint_is_one_commit_that_plain_transformers_loads_by_name
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(torch.cuda.is_available(), reason="an engine in a process of its own, on the CPU build")
-def test_vllm_loads_it_by_name_and_generates_what_it_generates_from_the_folder(tmp_path):
+def test_vllm_loads_it_by_name_and_generates_what_it_generates_from_the_folder(tmp_path, hub):
     changes = dict(vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.2)
     tiny_qwen3(**changes).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     save_nvfp4(load_qat(tmp_path / "source"), tmp_path / "packed")
@@ -151,24 +137,22 @@ def test_vllm_loads_it_by_name_and_generates_what_it_generates_from_the_folder(t
         "out = llm.generate([{'prompt_token_ids': [1, 2, 3]}], parameters, use_tqdm=False)[0].outputs[0]\n"
         "print('tokens', list(out.token_ids), [next(iter(entry.values())).logprob for entry in out.logprobs])"
     )
-    with FakeHub() as hub:
-        run_online(CLI, hub, tmp_path, "push", tmp_path / "packed", REPO)
-        found = [run_online(code, hub, tmp_path, name) for name in (tmp_path / "packed", REPO)]
+    hub.run(CLI, "push", tmp_path / "packed", REPO)
+    found = [hub.run(code, name) for name in (tmp_path / "packed", REPO)]
     lines = [next(line for line in output.splitlines() if line.startswith("tokens")) for output in found]
     assert lines[0] == lines[1]
 
 
 @pytest.mark.slow
-def test_an_existing_card_keeps_its_words_and_metadata_and_old_weights_go_with_the_same_commit(packed, tmp_path):
-    with FakeHub() as hub:
-        old = "---\nlicense: mit\ntags:\n- mine\nlanguage: en\n---\n\n# My words\n\nStay.\n"
-        hub.repos[REPO] = {
-            "README.md": old.encode(), "model.safetensors": b"old", "hf_quant_config.json": b"{}", "notes.txt": b"mine",
-        }  # fmt: skip
-        run_online(CLI, hub, tmp_path, "push", packed, REPO)
-        once = hub.repos[REPO]["README.md"].decode()
-        run_online(CLI, hub, tmp_path, "push", packed, REPO)
-        files = hub.repos[REPO]
+def test_an_existing_card_keeps_its_words_and_metadata_and_old_weights_go_with_the_same_commit(packed, hub):
+    old = "---\nlicense: mit\ntags:\n- mine\nlanguage: en\n---\n\n# My words\n\nStay.\n"
+    hub.repos[REPO] = {
+        "README.md": old.encode(), "model.safetensors": b"old", "hf_quant_config.json": b"{}", "notes.txt": b"mine",
+    }  # fmt: skip
+    hub.run(CLI, "push", packed, REPO)
+    once = hub.repos[REPO]["README.md"].decode()
+    hub.run(CLI, "push", packed, REPO)
+    files = hub.repos[REPO]
     assert files["README.md"].decode() == once  # written anew, not twice
     card = ModelCard(once)
     assert "# My words" in card.text and "Stay." in card.text and card.text.count("## Use") == 1
@@ -179,101 +163,89 @@ def test_an_existing_card_keeps_its_words_and_metadata_and_old_weights_go_with_t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 500])
-def test_a_broken_upload_is_tried_again(packed, tmp_path, status):
-    with FakeHub() as hub:
-        hub.trouble = [("PUT /lfs/", status)]
-        run_online(CLI, hub, tmp_path, "push", packed, REPO)
-        assert not hub.trouble and len(hub.commits) == 1
-        assert sum(request.startswith("PUT") for request in hub.requests) == 3
+def test_a_broken_upload_is_tried_again(packed, status, hub):
+    hub.trouble = [("PUT /lfs/", status)]
+    hub.run(CLI, "push", packed, REPO)
+    assert not hub.trouble and len(hub.commits) == 1
+    assert sum(request.startswith("PUT") for request in hub.requests) == 3
 
 
 @pytest.mark.slow
-def test_a_connection_that_is_lost_is_one_readable_line(packed, tmp_path):
-    with FakeHub() as hub:
-        hub.trouble = [("/commit/", 0)]
-        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, fails=True)
-        assert "Traceback" not in error and "cannot be reached" in error and hub.repos[REPO] == {}
+def test_a_connection_that_is_lost_is_one_readable_line(packed, hub):
+    hub.trouble = [("/commit/", 0)]
+    error = hub.run(CLI, "push", packed, REPO, fails=True)
+    assert "Traceback" not in error and "cannot be reached" in error and hub.repos[REPO] == {}
 
 
 @pytest.mark.slow
-def test_an_upload_that_fails_is_one_readable_line(packed, tmp_path):
-    with FakeHub() as hub:
-        hub.trouble = [("PUT /lfs/", 403)] * 8
-        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, fails=True)
-        assert "Traceback" not in error and "An upload failed" in error and hub.repos[REPO] == {}
+def test_an_upload_that_fails_is_one_readable_line(packed, hub):
+    hub.trouble = [("PUT /lfs/", 403)] * 8
+    error = hub.run(CLI, "push", packed, REPO, fails=True)
+    assert "Traceback" not in error and "An upload failed" in error and hub.repos[REPO] == {}
 
 
 @pytest.mark.slow
-def test_a_card_that_cannot_be_fetched_is_not_replaced(packed, tmp_path):
-    with FakeHub() as hub:
-        hub.repos[REPO] = {"README.md": b"# My words\n"}
-        hub.trouble = [("/resolve/main/README.md", 0)] * 8
-        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, fails=True)
-        assert "Traceback" not in error and "cannot be reached" in error
-        assert hub.repos[REPO] == {"README.md": b"# My words\n"} and not hub.commits
+def test_a_card_that_cannot_be_fetched_is_not_replaced(packed, hub):
+    hub.repos[REPO] = {"README.md": b"# My words\n"}
+    hub.trouble = [("/resolve/main/README.md", 0)] * 8
+    error = hub.run(CLI, "push", packed, REPO, fails=True)
+    assert "Traceback" not in error and "cannot be reached" in error
+    assert hub.repos[REPO] == {"README.md": b"# My words\n"} and not hub.commits
 
 
 @pytest.mark.slow
-def test_what_cannot_be_measured_or_read_makes_nothing_on_the_hub(packed, tmp_path):
-    with FakeHub() as hub:
-        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, "--original", tmp_path / "nowhere", fails=True)
-        assert "Traceback" not in error and not hub.repos
-        shutil.copytree(packed, tmp_path / "copy")
-        (tmp_path / "copy" / "README.md").write_text("---\nlicense: [unclosed\n---\n")
-        error = run_online(CLI, hub, tmp_path, "push", tmp_path / "copy", REPO, "--revision", "trial", fails=True)
-        assert "Traceback" not in error and "A model card begins with YAML" in error and not hub.repos
+def test_what_cannot_be_measured_or_read_makes_nothing_on_the_hub(packed, tmp_path, hub):
+    error = hub.run(CLI, "push", packed, REPO, "--original", tmp_path / "nowhere", fails=True)
+    assert "Traceback" not in error and not hub.repos
+    shutil.copytree(packed, tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("---\nlicense: [unclosed\n---\n")
+    error = hub.run(CLI, "push", tmp_path / "copy", REPO, "--revision", "trial", fails=True)
+    assert "Traceback" not in error and "A model card begins with YAML" in error and not hub.repos
 
 
 @pytest.mark.slow
-def test_a_name_without_an_owner_is_the_users(packed, tmp_path):
-    with FakeHub() as hub:
-        run_online(CLI, hub, tmp_path, "push", packed, "tiny-NVFP4")
-        assert f"vllm serve {REPO}" in hub.repos[REPO]["README.md"].decode()
+def test_a_name_without_an_owner_is_the_users(packed, hub):
+    hub.run(CLI, "push", packed, "tiny-NVFP4")
+    assert f"vllm serve {REPO}" in hub.repos[REPO]["README.md"].decode()
 
 
 @pytest.mark.slow
-def test_a_failed_commit_publishes_nothing_and_the_next_push_sends_no_weights_again(packed, tmp_path):
-    with FakeHub() as hub:
-        hub.trouble = [("/commit/", 500)]
-        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, fails=True)
-        assert "Traceback" not in error and "500" in error
-        assert hub.repos[REPO] == {}
-        num_uploads = sum(request.startswith("PUT") for request in hub.requests)
-        run_online(CLI, hub, tmp_path, "push", packed, REPO)
-        assert sum(request.startswith("PUT") for request in hub.requests) == num_uploads == 2
-        assert "model.safetensors.index.json" in hub.repos[REPO]
+def test_a_failed_commit_publishes_nothing_and_the_next_push_sends_no_weights_again(packed, hub):
+    hub.trouble = [("/commit/", 500)]
+    error = hub.run(CLI, "push", packed, REPO, fails=True)
+    assert "Traceback" not in error and "500" in error
+    assert hub.repos[REPO] == {}
+    num_uploads = sum(request.startswith("PUT") for request in hub.requests)
+    hub.run(CLI, "push", packed, REPO)
+    assert sum(request.startswith("PUT") for request in hub.requests) == num_uploads == 2
+    assert "model.safetensors.index.json" in hub.repos[REPO]
 
 
 @pytest.mark.slow
-def test_a_wrong_token_is_one_readable_line(packed, tmp_path):
-    with FakeHub() as hub:
-        error = run_online(CLI, hub, tmp_path, "push", packed, REPO, token="hf_wrong", fails=True)
+def test_a_wrong_token_is_one_readable_line(packed, hub):
+    error = hub.run(CLI, "push", packed, REPO, token="hf_wrong", fails=True)
     lines = [line for line in error.splitlines() if line.strip()]
     assert lines[-1].startswith("error: The Hub does not let this token write to me/tiny-NVFP4 (HTTP 401)")
     assert "Traceback" not in error
 
 
 @pytest.mark.slow
-def test_a_branch_and_a_pull_request(packed, tmp_path):
-    with FakeHub() as hub:
-        run_online(CLI, hub, tmp_path, "push", packed, REPO, "--revision", "trial")
-        assert "POST /api/models/me/tiny-NVFP4/branch/trial" in hub.requests
-        assert "/commit/trial" in hub.commits[0]
-        output = run_online(CLI, hub, tmp_path, "push", packed, REPO, "--create-pr")
-        assert "create_pr=1" in hub.commits[1] and "/discussions/1" in output
+def test_a_branch_and_a_pull_request(packed, hub):
+    hub.run(CLI, "push", packed, REPO, "--revision", "trial")
+    assert "POST /api/models/me/tiny-NVFP4/branch/trial" in hub.requests
+    assert "/commit/trial" in hub.commits[0]
+    output = hub.run(CLI, "push", packed, REPO, "--create-pr")
+    assert "create_pr=1" in hub.commits[1] and "/discussions/1" in output
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_not_published(packed, tmp_path):
+def test_a_damaged_checkpoint_is_not_published(packed, tmp_path, hub):
     shutil.copytree(packed, tmp_path / "copy")
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
     del config["quantization_config"]["quantization_status"]
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    with FakeHub() as hub:
-        error = run_online(CLI, hub, tmp_path, "push", tmp_path / "copy", REPO, fails=True)
-        assert (
-            "Only good checkpoints are published" in error and "quantization_status" in error and REPO not in hub.repos
-        )
+    error = hub.run(CLI, "push", tmp_path / "copy", REPO, fails=True)
+    assert "Only good checkpoints are published" in error and "quantization_status" in error and REPO not in hub.repos
 
 
 TRAIN = """
@@ -294,10 +266,9 @@ trainer.push_to_hub()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["Trainer", "QADTrainer"])
-def test_a_trainer_publishes_packed_weights_and_tags_its_card(trainer, qwen3_dir, tmp_path):
-    with FakeHub() as hub:
-        run_online(TRAIN, hub, tmp_path, qwen3_dir, tmp_path / "output", trainer)
-        files = hub.repos["me/trained"]
+def test_a_trainer_publishes_packed_weights_and_tags_its_card(trainer, qwen3_dir, tmp_path, hub):
+    hub.run(TRAIN, qwen3_dir, tmp_path / "output", trainer)
+    files = hub.repos["me/trained"]
     assert json.loads(files["config.json"])["quantization_config"]["format"] == "nvfp4-pack-quantized"
     card = ModelCard(files["README.md"].decode())
     assert {"nvfp4", "quantization-aware-training"} <= set(card.data.tags)
