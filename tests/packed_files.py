@@ -2,6 +2,7 @@
 
 import json
 
+import torch
 from safetensors.torch import save_file
 
 UP = "model.layers.0.mlp.up_proj"
