@@ -309,8 +309,9 @@ def _check_legacy_config(contents: Contents) -> Iterator[Finding]:
         return
     for key, said in legacy_settings(quantization).items():
         there = legacy.get(key)
-        are_lists = isinstance(said, list) and isinstance(there, list)
-        if there != said and not (are_lists and sorted(map(str, said)) == sorted(map(str, there))):
+        if isinstance(said, list) and isinstance(there, list):
+            said, there = sorted(map(str, said)), sorted(map(str, there))
+        if there != said:
             message = f"{key} is another than config.json has"
             yield found("configs-disagree", HF_QUANT_CONFIG, message, fixable=True)
 
