@@ -309,13 +309,11 @@ def _check_legacy_config(contents: Contents) -> Iterator[Finding]:
         return
     for key, said in legacy_settings(quantization).items():
         there = legacy.get(key)
-        if there != said and not (isinstance(said, list) and isinstance(there, list) and _alike(said, there)):
+        if isinstance(said, list) and isinstance(there, list):
+            said, there = sorted(map(str, said)), sorted(map(str, there))
+        if there != said:
             message = f"{key} is another than config.json has"
             yield found("configs-disagree", HF_QUANT_CONFIG, message, fixable=True)
-
-
-def _alike(first: list, second: list) -> bool:
-    return sorted(map(str, first)) == sorted(map(str, second))
 
 
 def _examine_by_config(examination: Examination, config: dict[str, Any]) -> None:

@@ -155,7 +155,6 @@ def _changed_files(examination: Examination, plan: _Plan) -> list[str]:
 def _write_shard(examination: Examination, plan: _Plan, file: str, staged: StagedFiles) -> None:
     """One file again, with the tensors of the plan as they shall be and all others as they are."""
     reader = examination.reader
-    is_modelopt = isinstance(reader, ModelOptReader)
     with safe_open(reader.directory / file, framework="pt") as opened:
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         metadata = opened.metadata() or {}
@@ -168,7 +167,7 @@ def _write_shard(examination: Examination, plan: _Plan, file: str, staged: Stage
         if reader.file_of[global_scale] == file:
             stored = reader.name_in_file(global_scale)
             # ModelOpt stores the decode direction, compressed-tensors the other.
-            stored_exponents[stored] = exponent if is_modelopt else -exponent
+            stored_exponents[stored] = exponent if isinstance(reader, ModelOptReader) else -exponent
             tensors[stored] = torch.ldexp(tensors[stored], torch.tensor(stored_exponents[stored]))
     for layer in plan.decoded:
         for name in packed_tensors([layer]):
