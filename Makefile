@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 LATEST := .venv-latest
+PEERS := .venv-peers
 TORCH := torch==2.13.0
 
 # A process for each core, up to four, with one thread each: half the time that one process took on two cores.
@@ -12,7 +13,12 @@ PARALLEL := -n logical --maxprocesses 4 --dist worksteal
 # a 2-core machine 1.4 times as fast.
 REUSE_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=8589934592 MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test test-latest check clean
+LEFT_OUT := tests/numerics tests/sharding tests/distributed/test_packed_gather.py tests/distributed/test_failures.py \
+	tests/distributed/test_in_forward.py
+
+SEED ?= $(shell date +%s)
+
+.PHONY: demo test test-all test-peers test-latest test-nightly check clean
 
 # One environment for tests and demo. torch first: its wheel decides what the rest resolves against.
 $(VENV)/installed: pyproject.toml
@@ -33,6 +39,14 @@ $(LATEST)/installed: pyproject.toml
 	$(LATEST)/bin/pip install -q --upgrade $(TORCH) transformers accelerate huggingface-hub -e '.[dev]'
 	touch $@
 
+# $(VENV), and above it what only a few tests need: many libraries behave otherwise where these are installed.
+$(PEERS)/installed: $(VENV)/installed
+	$(VENV)/bin/python -m venv $(PEERS)
+	echo "import site; site.addsitedir('$$(cd $(VENV) && echo $$PWD/lib/python*/site-packages)')" \
+		> $$(echo $(PEERS)/lib/python*/site-packages)/below.pth
+	$(PEERS)/bin/pip install -q 'deepspeed>=0.19' 'nvidia-modelopt>=0.47'
+	touch $@
+
 demo: $(VENV)/installed
 	$(REUSE_MEMORY) HF_HUB_OFFLINE=1 $(VENV)/bin/python examples/demo.py
 
@@ -41,13 +55,31 @@ check: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The fast tier, before every commit: no engines, no groups of processes, no long sweeps.
 test: check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PARALLEL)
 
-# numerics/ does not use transformers.
+# What else must pass before a change lands.
+test-all: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PARALLEL) -m "(slow or vllm) and not (peers or nightly)"
+	$(MAKE) test-peers
+	$(MAKE) test-latest
+
+# ZeRO, and ModelOpt's own decoder.
+test-peers: $(PEERS)/installed
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest tests -m peers
+
+# On the newest Transformers, Accelerate and huggingface-hub: all that uses them. The left-out tests see PyTorch alone,
+# which is the same here, or the files of a checkpoint.
 test-latest: $(LATEST)/installed
 	$(LATEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest $(PARALLEL) -m "not vllm" --ignore=tests/numerics
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest $(PARALLEL) -m "not (vllm or peers or nightly)" $(LEFT_OUT:%=--ignore=%)
+
+# New mutations and new examples every time. `make test-nightly SEED=...` repeats a night.
+test-nightly: $(VENV)/installed
+	@echo "SEED=$(SEED)"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(PARALLEL) -m "nightly or hypothesis" --durations=10 \
+		--seed=$(SEED) --hypothesis-profile=nightly --hypothesis-seed=$(SEED)
 
 clean:
-	rm -rf $(VENV) $(LATEST) demo_output .cache
+	rm -rf $(VENV) $(PEERS) $(LATEST) demo_output .cache

@@ -16,13 +16,15 @@ from hf_nvfp4_qat.modules.swap import coverage, refresh_global_scales
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 from hf_nvfp4_qat.quantizer.hf_quantizer import prepare_qat
 
-# Checkpoints: out, back in, and the check
+# Checkpoints: out, and back in
 from hf_nvfp4_qat.checkpoint.save import save_nvfp4
-from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.quantizer.load import load_nvfp4
 from hf_nvfp4_qat.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    # The check of a checkpoint
+    from hf_nvfp4_qat.doctor.verify import verify_nvfp4
+
     # Across GPUs: FSDP2 that gathers QAT weights in 4 bits
     from hf_nvfp4_qat.distributed.fsdp_callback import NVFP4FSDPCallback
     from hf_nvfp4_qat.distributed.fsdp_plugin import NVFP4FSDPPlugin
@@ -52,12 +54,14 @@ __all__ = [
 ]
 
 
-# On first use: they bring Accelerate's plugins and Transformers' trainer along, and whatever trackers are installed.
+# On first use: they bring the doctor, Accelerate's plugins and Transformers' trainer along, and whatever trackers are
+# installed.
 _LAZY = {
     "NVFP4FSDPCallback": "hf_nvfp4_qat.distributed.fsdp_callback",
     "NVFP4FSDPPlugin": "hf_nvfp4_qat.distributed.fsdp_plugin",
     "NVFP4RolloutCallback": "hf_nvfp4_qat.trl_callbacks.callback",
     "QADTrainer": "hf_nvfp4_qat.distillation.trainer",
+    "verify_nvfp4": "hf_nvfp4_qat.doctor.verify",
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,8 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from hf_nvfp4_qat.doctor.findings import Diagnosis
+
 BAD_INPUT = 2
-"""Exit code for bad input, and for a checkpoint that is not good."""
+"""Exit code for bad input, and of `verify` for a checkpoint that is not good."""
 FOUND_FAULTS = 1
 """Exit code of `doctor` for a checkpoint that it can examine, and in which something goes wrong."""
 
@@ -54,7 +57,7 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        from hf_nvfp4_qat.checkpoint.findings import printable
+        from hf_nvfp4_qat.formats.files import printable
 
         # Markup and control characters in it may be a stranger's.
         message = escape(printable(" ".join(str(error).split()), longest=4000))
@@ -76,8 +79,18 @@ def _progress_bar() -> Iterator:
         yield advance
 
 
+def _print_plain(text: str) -> None:
+    """Text that may be a stranger's, as it is."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _exit_code(report: "Diagnosis", *, faults: int) -> int:
+    """0 for notes at most, else `faults`."""
+    return 0 if report.ok else faults
+
+
 def _refuse_occupied(destination: Path, overwrite: bool) -> None:
-    from hf_nvfp4_qat.checkpoint.files import PARTIAL_SUFFIX
+    from hf_nvfp4_qat.formats.files import PARTIAL_SUFFIX
 
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"A checkpoint is a directory; {destination} is a file. Choose another name.")
@@ -321,7 +334,7 @@ def push(
 ) -> None:
     """Publish a packed checkpoint with a model card, in one commit."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.publish import publish_checkpoint
+        from hf_nvfp4_qat.hub.publish import publish_checkpoint
 
         commit = publish_checkpoint(
             path,
@@ -341,11 +354,11 @@ def push(
 def verify(path: Source) -> None:
     """Check a packed checkpoint tensor by tensor; exit code 2 if a loader would fail or serve other weights."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
+        from hf_nvfp4_qat.doctor.verify import verify_nvfp4
 
         report = verify_nvfp4(path)
-    console.print(str(report), soft_wrap=True, highlight=False, markup=False)
-    raise typer.Exit(0 if report.ok else BAD_INPUT)
+    _print_plain(str(report))
+    raise typer.Exit(_exit_code(report, faults=BAD_INPUT))  # scripts rely on it
 
 
 @app.command()
@@ -358,9 +371,9 @@ def doctor(
 ) -> None:
     """Say what will go wrong with an NVFP4 checkpoint, where, and what to do; exit code 1 if anything does."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.doctor import examine
-        from hf_nvfp4_qat.checkpoint.findings import printable
-        from hf_nvfp4_qat.checkpoint.repair import repair
+        from hf_nvfp4_qat.doctor.examine import examine
+        from hf_nvfp4_qat.doctor.repair import repair
+        from hf_nvfp4_qat.formats.files import printable
 
         diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
         fixed, reason = [], ""
@@ -380,11 +393,11 @@ def doctor(
         sys.stdout.write("\n")
     else:
         for change in fixed:
-            console.print(f"fixed: {change}", soft_wrap=True, highlight=False, markup=False)
-        console.print(str(diagnosis), soft_wrap=True, highlight=False, markup=False)
+            _print_plain(f"fixed: {change}")
+        _print_plain(str(diagnosis))
         if reason:
-            console.print(printable(f"nothing was fixed: {reason}"), soft_wrap=True, highlight=False, markup=False)
-    raise typer.Exit(BAD_INPUT if reason else 0 if diagnosis.ok else FOUND_FAULTS)
+            _print_plain(printable(f"nothing was fixed: {reason}"))
+    raise typer.Exit(BAD_INPUT if reason else _exit_code(diagnosis, faults=FOUND_FAULTS))
 
 
 @app.command()
@@ -399,7 +412,7 @@ def inspect(
 ) -> None:
     """Show what NVFP4 does to each layer of a packed checkpoint, or would do to an unquantized one."""
     with _readable_errors():
-        from hf_nvfp4_qat.checkpoint.inspect import fold_experts, inspect_checkpoint, plot_layers
+        from hf_nvfp4_qat.checkpoint.layer_report import fold_experts, inspect_checkpoint, plot_layers
 
         with _progress_bar() as advance:
             layers = inspect_checkpoint(path, original=original, scale_rule=scale_rule, progress=advance)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from packaging.version import Version
 
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, SERVED_DTYPE
+from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, SERVED_DTYPE
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 
 _OLDEST = Version("5.17.0")

@@ -1,6 +1,7 @@
 """Small real architectures, built once; no test touches the network."""
 
 import os
+import secrets
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,12 +17,15 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     set_seed,
@@ -43,8 +47,50 @@ SIZES = dict(
 SMALL_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 2**26}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine has not got, and say so; run vLLM's tests last, since an engine changes its process."""
+# The same examples every time; new ones, and more of them, at night.
+settings.register_profile("same", derandomize=True, database=None, deadline=None)
+settings.register_profile("nightly", max_examples=2000, database=None, deadline=None, print_blob=True)
+settings.load_profile("same")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="what the nightly tests draw from; a new one by default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = secrets.randbelow(2**32)  # processes of pytest-xdist get it with the other options
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.option.markexpr and "nightly" in config.option.markexpr.replace("not nightly", ""):
+        terminalreporter.write_line(f"The seed was {config.option.seed}; --seed={config.option.seed} repeats this run.")
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """What a nightly test draws from: another one every night, or what `--seed` says."""
+    return request.config.option.seed
+
+
+def tiers_left_out(config: pytest.Config) -> tuple[str, ...]:
+    """Markers of tests that nobody asked for: of all but the fast tier, unless `-m`, `-k`, a file or a test says so."""
+    if config.option.markexpr or any("::" in argument for argument in config.args):
+        return ()
+    if config.option.keyword or any(argument.endswith(".py") for argument in config.args):
+        return ("nightly",)
+    return ("slow", "vllm", "peers", "nightly")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what was not asked for; skip what this machine has not got, and say so.
+
+    vLLM's tests run last, since an engine changes its process.
+    """
+    left_out = tiers_left_out(config)
+    is_wanted = [not any(map(item.get_closest_marker, left_out)) for item in items]
+    config.hook.pytest_deselected(items=[item for item, wanted in zip(items, is_wanted, strict=True) if not wanted])
+    items[:] = [item for item, wanted in zip(items, is_wanted, strict=True) if wanted]
     for item in items:
         if item.get_closest_marker("vllm") and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
@@ -108,6 +154,17 @@ def tiny_moe(family: str, **changes) -> PreTrainedModel:
         del options["head_dim"]
     set_seed(0)
     return AutoModelForCausalLM.from_config(config_class(**options), dtype=torch.float32)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, like the vocabulary of byte-level models."""
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left")
+    fast.add_special_tokens({"eos_token": "<eos>", "pad_token": "<pad>"})
+    return fast
 
 
 @pytest.fixture(scope="session")

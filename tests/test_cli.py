@@ -133,7 +133,7 @@ def test_inspect_measures_the_error_of_each_layer(qwen3_dir, tmp_path):
 
 def test_inspect_counts_clipped_floored_and_zero_blocks():
     from hf_nvfp4_qat import quantize_nvfp4
-    from hf_nvfp4_qat.checkpoint.inspect import inspect_weight
+    from hf_nvfp4_qat.checkpoint.layer_report import inspect_weight
 
     weight = torch.ones(4, 32)
     weight[0] = 0  # two zero blocks

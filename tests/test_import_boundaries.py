@@ -10,19 +10,13 @@ import pytest
 import hf_nvfp4_qat
 
 PACKAGE = Path(hf_nvfp4_qat.__file__).parent
-ROOMS = (
-    "numerics",
-    "sharding",
-    "modules",
-    "distributed",
-    "checkpoint",
-    "compat",
-    "quantizer",
-    "distillation",
-    "rollout",
-    "trl_callbacks",
-    "cli",
-)
+ROOMS = ("numerics", "sharding", "selection", "modules", "distributed", "formats", "checkpoint")
+"""Each imports from those before it."""
+TRAINING = (*ROOMS, "compat", "quantizer", "distillation", "rollout", "trl_callbacks")
+JUDGING = (*ROOMS, "doctor", "hub", "distillation")
+"""Training knows nothing of the doctor and the Hub, but for distillation, which ends with a checkpoint and its card."""
+LAZY = {("hf_nvfp4_qat.quantizer.saving", "hf_nvfp4_qat.hub.publish")}
+"""The one exception: `model.push_to_hub` of a QAT model loads what publishes it when it is called."""
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -50,14 +44,23 @@ def room(module: str) -> str:
     return parts[1] if len(parts) > 1 else "package"
 
 
+def left_of(mine: str) -> set[str]:
+    """The rooms that a room may import from, itself among them; the command line imports from all."""
+    if mine in ("cli", "package"):
+        return {*TRAINING, *JUDGING, mine}
+    return {name for order in (TRAINING, JUDGING) if mine in order for name in order[: order.index(mine) + 1]}
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_point_leftward_and_name_the_defining_file(path):
-    mine = room(module_name(path))
+    mine = module_name(path)
     for imported in own_imports(path):
         assert room(imported) != "package", f"{path} imports from the package's __init__"
-        assert imported not in {f"hf_nvfp4_qat.{name}" for name in ROOMS[:-1]}, f"{path} imports from a room's __init__"
-        if mine not in ("package", "version") and room(imported) != "version":  # the version imports nothing
-            assert ROOMS.index(room(imported)) <= ROOMS.index(mine), f"{path} imports {imported}, to its right"
+        assert imported not in {f"hf_nvfp4_qat.{name}" for name in left_of("cli") - {"compat", "cli"}}, (
+            f"{path} imports from a room's __init__"
+        )
+        is_known = room(imported) == "version" or (mine, imported) in LAZY  # the version imports nothing
+        assert is_known or room(imported) in left_of(room(mine)), f"{path} imports {imported}, to its right"
 
 
 def test_there_are_no_import_cycles():
@@ -82,6 +85,15 @@ def test_importing_the_package_loads_no_optional_library():
     before = f"import {theirs}; before = {optional} & set(sys.modules)"
     after = f"import hf_nvfp4_qat; after = {optional} & set(sys.modules); assert after == before, after - before"
     subprocess.run([sys.executable, "-c", f"{before}\n{after}"], check=True)
+
+
+def test_importing_the_package_and_training_load_neither_the_doctor_nor_the_hub():
+    code = (
+        "import sys, hf_nvfp4_qat, hf_nvfp4_qat.quantizer.load\n"
+        "rooms = {name.split('.')[1] for name in sys.modules if name.startswith('hf_nvfp4_qat.')}\n"
+        "assert 'quantizer' in rooms and not rooms & {'doctor', 'hub'}, rooms"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_importing_the_package_registers_the_quantizer_and_reloading_does_not_fail():
@@ -114,3 +126,10 @@ def test_public_names_are_the_documented_ones():
     assert set(hf_nvfp4_qat.__all__) <= set(dir(hf_nvfp4_qat))
     for name in hf_nvfp4_qat.__all__:
         assert getattr(hf_nvfp4_qat, name).__doc__, name
+
+
+def test_no_test_file_imports_from_another_one():
+    for path in Path(__file__).parent.rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").rpartition(".")[2].startswith("test_"), f"{path}: {node.module}"

@@ -74,7 +74,8 @@ class Experiment:
     def __init__(self, config: dict, base: Path, output: Path) -> None:
         self.steps, self.batch_size = config["steps"], config["sequences_per_step"]
         self.base, self.output = base, output
-        text = load_text(AutoTokenizer.from_pretrained(base), num_train=10**6, num_eval=200)
+        sizes = {"num_train": config.get("num_train", 10**6), "num_eval": config.get("num_eval", 200)}
+        text = load_text(AutoTokenizer.from_pretrained(base), **sizes)
         self.train_data = [{"input_ids": row, "labels": row} for row in text["train"]]
         self.eval_data = {part: text[part] for part in PARTS}
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

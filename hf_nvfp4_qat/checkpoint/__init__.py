@@ -1,1 +1,1 @@
-"""How a trained weight leaves and returns: names, the stream of tensors, files, and the check of what was written."""
+"""How a trained weight leaves and returns: the stream of tensors, saving, loading, and checkpoint to checkpoint."""

@@ -17,40 +17,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import (
-    CARD_FILE,
-    CONFIG_FILE,
-    HF_QUANT_CONFIG,
-    INDEX_FILE,
-    CheckpointReader,
-    StagedFiles,
-    files_beside_weights,
-    resolve_checkpoint,
-    staged_files,
-)
-from hf_nvfp4_qat.checkpoint.findings import printable
 from hf_nvfp4_qat.checkpoint.load import (
     check_holds_no_codes,
     check_nothing_missing,
     check_packed,
     check_unquantized,
-)
-from hf_nvfp4_qat.checkpoint.modelopt import (
-    ModelOptReader,
-    from_modelopt,
-    modelopt_config_files,
-    open_checkpoint,
-    to_modelopt,
-    unpacked_layers,
-    unpacked_matrices,
-)
-from hf_nvfp4_qat.checkpoint.names import (
-    PACKED,
-    SERVED_DTYPE,
-    from_checkpoint,
-    layer_of,
-    packed_tensors,
-    quantized_layers,
 )
 from hf_nvfp4_qat.checkpoint.save import (
     DEFAULT_SHARD_SIZE,
@@ -63,6 +34,36 @@ from hf_nvfp4_qat.checkpoint.save import (
 from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, missing_tensors, skeleton
 from hf_nvfp4_qat.checkpoint.sources import LinearSource, PlainSource, Source
 from hf_nvfp4_qat.checkpoint.stream import served_dtype, shared_scales
+from hf_nvfp4_qat.formats.files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DTYPES,
+    HF_QUANT_CONFIG,
+    INDEX_FILE,
+    CheckpointReader,
+    StagedFiles,
+    files_beside_weights,
+    printable,
+    resolve_checkpoint,
+    staged_files,
+)
+from hf_nvfp4_qat.formats.modelopt import (
+    ModelOptReader,
+    from_modelopt,
+    modelopt_config_files,
+    open_checkpoint,
+    to_modelopt,
+    unpacked_layers,
+    unpacked_matrices,
+)
+from hf_nvfp4_qat.formats.names import (
+    PACKED,
+    SERVED_DTYPE,
+    from_checkpoint,
+    layer_of,
+    packed_tensors,
+    quantized_layers,
+)
 from hf_nvfp4_qat.modules.recipe import Recipe
 from hf_nvfp4_qat.modules.swap import qat_weights, swap_linears
 
@@ -70,12 +71,6 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called as (what is being done, weights done, weights in all)."""
-
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 def ptq_sources(
@@ -229,7 +224,7 @@ def convert_checkpoint(
     check_dialect(dialect)
     reader = open_checkpoint(resolve_checkpoint(source))
     check_packed(reader)
-    if isinstance(reader, ModelOptReader) == (dialect == "modelopt"):
+    if reader.dialect == dialect:
         raise ValueError(
             f"A checkpoint is converted to the other dialect; {reader.directory} is in that of {dialect} already. "
             "Use it as it is, or choose the other one."
@@ -270,11 +265,11 @@ def _decode(layer: str, reader: CheckpointReader) -> torch.Tensor:
 
 def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
     stored = reader.layout(name)[0]
-    if stored not in _SAFETENSORS_DTYPES:
+    if stored not in DTYPES:
         raise ValueError(
             f"Unquantized tensors are copied in a dtype of torch; {name} is stored as {stored}. Convert it first."
         )
-    return _SAFETENSORS_DTYPES[stored]
+    return DTYPES[stored]
 
 
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:

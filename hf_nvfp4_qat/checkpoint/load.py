@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import (
+from hf_nvfp4_qat.formats.files import (
     CONFIG_FILE,
     FLOATING,
     CheckpointReader,
     read_json_object,
     resolve_checkpoint,
 )
-from hf_nvfp4_qat.checkpoint.modelopt import is_modelopt, open_checkpoint
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.formats.modelopt import is_modelopt, open_checkpoint
+from hf_nvfp4_qat.formats.names import (
     BLOCK_SCALE,
     FORMAT,
     GLOBAL_ENCODE_SCALE,

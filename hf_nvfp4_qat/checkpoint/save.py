@@ -20,15 +20,6 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from hf_nvfp4_qat.checkpoint.files import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    StagedFiles,
-    replaced_weights,
-    staged_files,
-)
-from hf_nvfp4_qat.checkpoint.modelopt import modelopt_config_files, to_modelopt
-from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.checkpoint.skeleton import tied_copies
 from hf_nvfp4_qat.checkpoint.sources import LinearSource, Source
 from hf_nvfp4_qat.checkpoint.stream import (
@@ -38,6 +29,15 @@ from hf_nvfp4_qat.checkpoint.stream import (
     wrong_tied_settings,
 )
 from hf_nvfp4_qat.distributed.gather import on_main_process, reshard
+from hf_nvfp4_qat.formats.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    StagedFiles,
+    replaced_weights,
+    staged_files,
+)
+from hf_nvfp4_qat.formats.modelopt import modelopt_config_files, to_modelopt
+from hf_nvfp4_qat.formats.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.modules.swap import qat_weights
 from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
 

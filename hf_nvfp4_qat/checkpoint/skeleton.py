@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CONFIG_FILE, read_json_object
-from hf_nvfp4_qat.checkpoint.names import OF_AN_EXPERT, layer_of, packed_tensors, quantized_layers
 from hf_nvfp4_qat.checkpoint.origins import Part, checkpoint_origins, computed_tensors
 from hf_nvfp4_qat.checkpoint.stream import unique_weights
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, read_json_object
+from hf_nvfp4_qat.formats.names import OF_AN_EXPERT, layer_of, packed_tensors, quantized_layers
 
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
 SKIPPED = ("rotary_emb.inv_freq", *CACHE_SCALES)

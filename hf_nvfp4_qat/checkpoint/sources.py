@@ -12,8 +12,8 @@ from typing import ClassVar
 
 import torch
 
-from hf_nvfp4_qat.checkpoint.names import checkpoint_layout, layer_of, to_checkpoint
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart
+from hf_nvfp4_qat.formats.names import checkpoint_layout, layer_of, to_checkpoint
 from hf_nvfp4_qat.numerics.quantize import global_decode_scale_of_amax, quantize_nvfp4
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.sharding.packed import gather_packed

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import SERVED_DTYPE, ignored_in_vllm, layer_of
 from hf_nvfp4_qat.checkpoint.origins import ExpertPart, checkpoint_origins, computed_tensors
 from hf_nvfp4_qat.checkpoint.sources import (
     ExpertsSource,
@@ -25,12 +24,13 @@ from hf_nvfp4_qat.checkpoint.sources import (
     Source,
 )
 from hf_nvfp4_qat.distributed.gather import reshard
+from hf_nvfp4_qat.formats.names import SERVED_DTYPE, ignored_in_vllm, layer_of
 from hf_nvfp4_qat.modules.calibration import check_calibrated
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
 from hf_nvfp4_qat.modules.global_scale import scales_of
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.modules.weights import TrainedWeight, refuse_computed_weight
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
 
 

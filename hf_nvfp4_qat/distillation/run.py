@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_nothing_missing, check_unquantized
 from hf_nvfp4_qat.checkpoint.save import is_sharded_model, save_nvfp4
 from hf_nvfp4_qat.checkpoint.skeleton import unquantized_config
-from hf_nvfp4_qat.checkpoint.verify import verify_nvfp4
 from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
 from hf_nvfp4_qat.distillation.trainer import QADTrainer, Teacher
 from hf_nvfp4_qat.distributed.gather import on_main_process
+from hf_nvfp4_qat.doctor.verify import verify_nvfp4
+from hf_nvfp4_qat.formats.files import resolve_checkpoint
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_nvfp4_qat.checkpoint.files import resolve_checkpoint
 from hf_nvfp4_qat.checkpoint.load import check_nothing_missing, check_unquantized
 from hf_nvfp4_qat.checkpoint.skeleton import unquantized_config
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.distillation.text import load_tokenizer, read_documents, sequences
+from hf_nvfp4_qat.formats.files import resolve_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_nvfp4_qat.checkpoint.contents import TOKENIZERS
+from hf_nvfp4_qat.formats.files import TOKENIZERS
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 

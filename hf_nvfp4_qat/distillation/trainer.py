@@ -12,11 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hf_nvfp4_qat.checkpoint.card import load_card, model_card
-from hf_nvfp4_qat.checkpoint.files import CARD_FILE, CONFIG_FILE, read_json_object
-from hf_nvfp4_qat.checkpoint.names import is_nvfp4_config
 from hf_nvfp4_qat.distillation.divergence import IGNORED, divergence
 from hf_nvfp4_qat.distributed.gather import reshard
+from hf_nvfp4_qat.formats.files import CARD_FILE, CONFIG_FILE, read_json_object
+from hf_nvfp4_qat.formats.names import is_nvfp4_config
+from hf_nvfp4_qat.hub.card import load_card, model_card
 from hf_nvfp4_qat.modules.swap import qat_weights
 
 logger = logging.getLogger(__name__)

@@ -11,23 +11,20 @@ from typing import Any
 from torch import nn
 
 from hf_nvfp4_qat.modules.experts import adopt_experts, why_not_trainable
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key, split_fused_groups
 from hf_nvfp4_qat.modules.global_scale import GlobalScales, RefreshInEvaluation, scales_of
 from hf_nvfp4_qat.modules.linear import QATLinear, check_adoptable
 from hf_nvfp4_qat.modules.past_forward import watch_first_forward
-from hf_nvfp4_qat.modules.plain_loading import why_plain_loading_fails
 from hf_nvfp4_qat.modules.recipe import Recipe
-from hf_nvfp4_qat.modules.selection import bare_routers, in_mamba_1, reasons_by_rule
 from hf_nvfp4_qat.modules.weight_clock import WeightClock
 from hf_nvfp4_qat.modules.weights import QATModule, TrainedWeight
 from hf_nvfp4_qat.numerics.format import BITS_PER_WEIGHT, BLOCK_SIZE
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key, split_fused_groups
+from hf_nvfp4_qat.selection.layer_names import FEED_FORWARD
+from hf_nvfp4_qat.selection.patterns import excludes
+from hf_nvfp4_qat.selection.plain_loading import why_plain_loading_fails
+from hf_nvfp4_qat.selection.rules import bare_routers, in_mamba_1, reasons_by_rule
 
 logger = logging.getLogger(__name__)
-
-_FFN_LOCAL_NAMES = {
-    *("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "fc1", "fc2", "fc3"),
-    *("c_fc", "c_fc_0", "c_fc_1", "dense_h_to_4h", "dense_4h_to_h", "fc_in", "fc_out"),
-}
 
 
 @dataclass(frozen=True)
@@ -122,19 +119,6 @@ def coverage_of(model: nn.Module) -> Coverage:
     return Coverage(tuple(layers))
 
 
-def matches(module_path: str, pattern: str) -> bool:
-    """Whether an exclude pattern names a module.
-
-    Args:
-        module_path: dotted path, ``model.layers.1.mlp.gate_proj``.
-        pattern: ``re:`` and a regular expression matched from the start of the path (as vLLM and
-            compressed-tensors do), or an exact path, or its last components: ``gate_proj``, ``mlp.gate_proj``.
-    """
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module_path) is not None
-    return module_path == pattern or module_path.endswith(f".{pattern}")
-
-
 def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Module | None = None) -> Coverage:
     """Make the linears and fused experts of `model` train in NVFP4, in place; remember why the others do not.
 
@@ -143,7 +127,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
     Args:
         model: any module; its parameters may be on the meta device.
         recipe: what to quantize. Of linears "full" takes all that ``reasons_by_rule`` has nothing against; `exclude`
-            holds patterns of ``matches``.
+            holds patterns of ``excludes``.
         output_embedding: the model's output embedding, excluded whatever its name is.
 
     Returns:
@@ -276,13 +260,13 @@ def _reason_to_exclude(
         return "output embedding"
     if _reads_weight(parent, name.rpartition(".")[2]):
         return f"its weight is read by {type(parent).__name__}, past its forward"
-    if by_rule is None and recipe.preset == "ffn_only" and name.rpartition(".")[2] not in _FFN_LOCAL_NAMES:
+    if by_rule is None and recipe.preset == "ffn_only" and name.rpartition(".")[2] not in FEED_FORWARD:
         return "preset ffn_only"
     return by_rule
 
 
 def _pattern_for(name: str, exclude: tuple[str, ...]) -> str | None:
-    return next((pattern for pattern in exclude if matches(name, pattern)), None)
+    return next((pattern for pattern in exclude if excludes(pattern, name)), None)
 
 
 def fused_experts(model: nn.Module) -> list[str]:
@@ -333,7 +317,7 @@ def _refuse_experts(model: nn.Module, experts: list[str]) -> None:
 
 def _refuse_idle_patterns(model: nn.Module, exclude: tuple[str, ...]) -> None:
     names = [name for name, _ in model.named_modules()]
-    idle = [pattern for pattern in exclude if not any(matches(name, pattern) for name in names)]
+    idle = [pattern for pattern in exclude if not any(excludes(pattern, name) for name in names)]
     if idle:
         raise ValueError(
             f"Every `exclude` pattern must name a module; {idle} name none of {type(model).__name__}. A pattern is an "

@@ -15,8 +15,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-from hf_nvfp4_qat.checkpoint.card import TAGS
 from hf_nvfp4_qat.checkpoint.stream import check_expert_names
+from hf_nvfp4_qat.formats.names import TAGS
 from hf_nvfp4_qat.modules.master_precision import watch_master_precision
 from hf_nvfp4_qat.modules.swap import coverage_of, qat_modules, qat_weights, refresh_global_scales, swap_linears
 from hf_nvfp4_qat.quantizer.adapters import ADAPTER_MESSAGE, refuse_adapters_from_now_on

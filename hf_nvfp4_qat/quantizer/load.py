@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CheckpointReader
 from hf_nvfp4_qat.checkpoint.load import Requantization, load_decoded
-from hf_nvfp4_qat.checkpoint.names import (
+from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, unused_tensors
+from hf_nvfp4_qat.formats.files import CheckpointReader
+from hf_nvfp4_qat.formats.names import (
     INPUT_GLOBAL_SCALE,
     activations_of,
     layer_of,
     quantized_layers,
     scale_rule_of,
 )
-from hf_nvfp4_qat.checkpoint.skeleton import checkpoint_names, unused_tensors
 from hf_nvfp4_qat.modules.experts import expert_parameters
 from hf_nvfp4_qat.modules.swap import fused_experts, qat_modules, qat_weights
 from hf_nvfp4_qat.numerics.format import E2M1_MAX, E4M3_MAX

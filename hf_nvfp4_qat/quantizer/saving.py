@@ -4,11 +4,11 @@ Methods, not attributes of the instance: an attribute that holds its model is a 
 free the weights. What others set on the instance stays and comes first.
 """
 
+import tempfile
 from functools import cache, wraps
 from typing import Any
 
-from hf_nvfp4_qat.checkpoint.publish import PushToHub, publish_saved
-from hf_nvfp4_qat.checkpoint.save import SavePretrained
+from hf_nvfp4_qat.checkpoint.save import DEFAULT_SHARD_SIZE, SavePretrained, save_nvfp4
 
 _METHODS = ("save_pretrained", "push_to_hub")
 
@@ -35,19 +35,54 @@ class QATSaving:
             self,  # type: ignore[arg-type]
             save_format=self.nvfp4_save_format,
             upstream=parent.save_pretrained,
-            publish=publish_saved,
+            publish=_publish_saved,
         )
         save(*args, **kwargs)
 
-    @wraps(PushToHub.__call__)
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
-        parent: Any = super()
-        push = PushToHub(self, save_format=self.nvfp4_save_format, upstream=parent.push_to_hub)  # type: ignore[arg-type]
-        return push(*args, **kwargs)
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+        dialect: str = "compressed-tensors",
+        **options: Any,
+    ) -> Any:
+        """Pack the model and publish it with a model card, in one commit.
+
+        Every process that has the whole model publishes when it calls this: under DDP call it in one of them, under
+        FSDP2 in all.
+
+        Args:
+            repo_id: created if missing.
+            max_shard_size: bytes, or a string such as "5GB".
+            dialect: "compressed-tensors" or "modelopt".
+            options: `commit_message`, `commit_description`, `private`, `token`, `revision`, `create_pr` and `tags`, as
+                upstream; `base_model`, `original` and `evaluation` for the card, as for ``publish_checkpoint``.
+
+        Returns:
+            What huggingface_hub says of the commit; None in processes that do not write.
+
+        Raises:
+            ValueError: as ``save_nvfp4`` and ``publish_checkpoint``.
+        """
+        model: Any = self
+        if self.nvfp4_save_format == "master":
+            upstream: Any = super()
+            return upstream.push_to_hub(repo_id, max_shard_size=max_shard_size, **options)
+        with tempfile.TemporaryDirectory() as directory:
+            files = save_nvfp4(model, directory, max_shard_size=max_shard_size, dialect=dialect)
+            return _publish_saved(model, directory, files, repo_id=repo_id, **options) if files else None
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class is made at run time, so copies and pickles name the class it was made from.
         return _new_model, (self.original_class,), self.__getstate__()
+
+
+def _publish_saved(*args: Any, **options: Any) -> Any:
+    """``publish_saved``; the card, and the doctor that it asks, are loaded when something is published."""
+    from hf_nvfp4_qat.hub.publish import publish_saved
+
+    return publish_saved(*args, **options)
 
 
 def save_as_qat(model: Any, save_format: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hf_nvfp4_qat.checkpoint.files import CheckpointReader, tensor_names
 from hf_nvfp4_qat.checkpoint.load import check_holds_no_codes
+from hf_nvfp4_qat.formats.files import CheckpointReader, tensor_names
 
 logger = logging.getLogger(__name__)
 

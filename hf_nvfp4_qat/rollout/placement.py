@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE
+from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE
 
 Region = tuple[tuple[int, int], ...]
 """(start, stop) per dim of a tensor; empty for a tensor without dims, which is one value."""

@@ -26,12 +26,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, checkpoint_layout, layer_of
 from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, Source
 from hf_nvfp4_qat.checkpoint.stream import LiveWeights, ignored_layers, make_ready, packed_sources
 from hf_nvfp4_qat.distributed.gather import reshard
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.formats.names import GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, checkpoint_layout, layer_of
 from hf_nvfp4_qat.modules.swap import qat_weights
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.parts import is_sharded
 
 

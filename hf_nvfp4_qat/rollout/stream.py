@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import layer_of, quantization_config, to_checkpoint
 from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, PlainSource, ShardedSource, Source
 from hf_nvfp4_qat.checkpoint.stream import is_tied, wrong_tied_settings
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.formats.names import layer_of, quantization_config, to_checkpoint
 from hf_nvfp4_qat.numerics.quantize import quantize_unchecked
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.plan import input_scales, plan_of
 from hf_nvfp4_qat.rollout.report import SyncReport
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.packed import gather_packed
 from hf_nvfp4_qat.sharding.parts import own_rows
 

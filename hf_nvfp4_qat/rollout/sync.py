@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.checkpoint.sources import ExpertsSource, LinearSource, PlainSource, Source
 from hf_nvfp4_qat.distributed.failures import failing_together, failures_of_all, sharding_groups
+from hf_nvfp4_qat.formats.names import INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked, global_decode_scale_of_amax
 from hf_nvfp4_qat.numerics.tensor import NVFP4Tensor
 from hf_nvfp4_qat.rollout.engine import Engine, engine_kind, engine_of

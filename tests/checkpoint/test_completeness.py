@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.doctor import examine
 from hf_nvfp4_qat.cli import app
+from hf_nvfp4_qat.doctor.examine import examine
+from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 
 SINGLE = "model.safetensors"
@@ -216,8 +217,11 @@ def test_codes_without_a_config_that_explains_them_are_not_taken_for_weights(dty
 def test_masks_and_tables_of_whole_numbers_are_no_codes(tmp_path):
     tables = {"attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), "position_ids": torch.arange(4)[None]}
     source = rewritten(saved(tiny_llama(), tmp_path / "source"), lambda t: t.update(tables))
-    load_qat(source)
+    assert len(qat_modules(load_qat(source))) == 14
     quantize_checkpoint(source, tmp_path / "packed")
+    stored = load_file(tmp_path / "packed" / "model.safetensors")
+    assert sum(name.endswith(".weight_packed") for name in stored) == 14
+    assert all(torch.equal(stored[name], table) for name, table in tables.items())
 
 
 def test_weights_that_a_class_leaves_out_are_named_once(tmp_path, caplog):

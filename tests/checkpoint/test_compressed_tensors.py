@@ -5,14 +5,10 @@ import torch
 
 pytest.importorskip("compressed_tensors")
 from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
-from compressed_tensors.quantization import QuantizationScheme
-from compressed_tensors.quantization.quant_scheme import NVFP4A16
-from compressed_tensors.quantization.utils import calculate_qparams
+from their_packing import SCHEME, their_pack
 
 from hf_nvfp4_qat import quantize_nvfp4
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, to_checkpoint
-
-SCHEME = QuantizationScheme(targets=["Linear"], **NVFP4A16)
+from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED, to_checkpoint
 
 
 def random_weight(seed: int) -> torch.Tensor:
@@ -23,14 +19,6 @@ def random_weight(seed: int) -> torch.Tensor:
     spread = torch.randn(rows, 1, generator=generator).mul(0.3).exp()
     size = 10.0 ** float(torch.rand(1, generator=generator) * 6 - 4)
     return (normal * spread * size).bfloat16()
-
-
-def their_pack(weight: torch.Tensor, encode_scale: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Their block scales and codes for our global scale, from fp32 input: in bf16 they round amax / 6 once more."""
-    blocks = weight.float().view(weight.shape[0], -1, 16)
-    scale, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), SCHEME.weights, global_scale=encode_scale)
-    state = {"weight": weight.float(), BLOCK_SCALE: scale.float(), GLOBAL_ENCODE_SCALE: encode_scale}
-    return NVFP4PackedCompressor.compress(state, SCHEME)
 
 
 @pytest.mark.parametrize("seed", range(50))

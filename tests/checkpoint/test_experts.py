@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, prepare_qat, verify_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.inspect import fold_experts, inspect_checkpoint
+from hf_nvfp4_qat.checkpoint.layer_report import fold_experts, inspect_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_weights
 
 

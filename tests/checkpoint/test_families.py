@@ -9,9 +9,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
 
 from hf_nvfp4_qat import NVFP4QATConfig, quantize_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import convert_checkpoint, quantize_checkpoint
-from hf_nvfp4_qat.checkpoint.doctor import examine
-from hf_nvfp4_qat.checkpoint.names import ignored_in_vllm, to_checkpoint
-from hf_nvfp4_qat.checkpoint.repair import repair
+from hf_nvfp4_qat.doctor.examine import examine
+from hf_nvfp4_qat.doctor.repair import repair
+from hf_nvfp4_qat.formats.names import ignored_in_vllm, to_checkpoint
 
 _IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
@@ -117,6 +117,6 @@ def test_the_doctor_sees_by_structure_what_no_name_tells(sources, tmp_path, monk
     quantize_checkpoint(sources / "deepseek_v32", tmp_path)
     layer = "model.layers.1.self_attn.indexer.wk"
     pack(tmp_path, layer)
-    monkeypatch.setattr("hf_nvfp4_qat.modules.selection._CHOOSES_OR_ANSWERS", ())
-    monkeypatch.setattr("hf_nvfp4_qat.modules.selection._BY_NAME", ())
+    monkeypatch.setattr("hf_nvfp4_qat.selection.rules.CHOOSES_OR_ANSWERS", ())
+    monkeypatch.setattr("hf_nvfp4_qat.selection.rules.KEPT_OUT", ())
     assert ("quantized-router", layer) in rules(tmp_path)

@@ -24,8 +24,8 @@ from transformers import (
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.checkpoint import sources, stream
-from hf_nvfp4_qat.checkpoint.files import CheckpointReader
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint
+from hf_nvfp4_qat.formats.files import CheckpointReader
+from hf_nvfp4_qat.formats.names import from_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama, tiny_qwen3
-from distributed.test_fsdp_plugin import ExactSums, fsdp_on_cpus, shared_folder
+from conftest import byte_tokenizer, tiny_llama, tiny_qwen3
 from processes import in_processes
+from sharding import ExactSums, fsdp_on_cpus, shared_folder
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
-from trl_callbacks.test_callback import byte_tokenizer
 
 from hf_nvfp4_qat import prepare_qat, verify_nvfp4
 from hf_nvfp4_qat.distillation import run as module

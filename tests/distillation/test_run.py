@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_qwen3
+from conftest import byte_tokenizer, tiny_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_callbacks.test_callback import byte_tokenizer
 from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, load_nvfp4, verify_nvfp4

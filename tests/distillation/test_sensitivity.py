@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import load_qat, tiny_qwen3, tiny_qwen3_moe, tokens
-from trl_callbacks.test_callback import byte_tokenizer
+from conftest import byte_tokenizer, load_qat, tiny_qwen3, tiny_qwen3_moe, tokens
 from typer.testing import CliRunner
 
 from hf_nvfp4_qat import NVFP4QATConfig, coverage, prepare_qat, verify_nvfp4

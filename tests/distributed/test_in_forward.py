@@ -97,7 +97,7 @@ def scales(model: torch.nn.Module) -> list[float]:
     return [layer.global_decode_scale.item() for layer in qat_modules(model).values()]
 
 
-@pytest.mark.slow
+@pytest.mark.peers
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_uses_the_scales_of_the_weights_it_has(stage, monkeypatch):
     """Which it steps as flat copies, and writes where PyTorch does not count."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from benchmarks.counted_gather import count_gathers
 from conftest import tiny_llama, tiny_qwen3, tiny_qwen3_moe, tokens
-from processes import in_processes
+from processes import Group, in_processes
 from sharding import exact_sums, largest_difference, spread, whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -112,9 +112,9 @@ def compare(
             module.reshard()
     expected = [
         fake_quantize_nvfp4(
-            whole(layer.weight).detach(), global_decode_scale=layer.global_decode_scale, scale_rule=recipe.scale_rule
+            whole(weight.master).detach(), global_decode_scale=weight.global_decode_scale, scale_rule=recipe.scale_rule
         ).to(dtype)
-        for layer in qat_weights(model).values()
+        for weight in qat_weights(model).values()
     ]
     found["seen"] = largest_difference([seen[name] for name in qat_weights(model)], expected)
     found["scale"] = largest_difference(
@@ -167,52 +167,86 @@ def experts(implementation: str = "grouped_mm", **changes) -> nn.Module:
     return model
 
 
-def _modes(rank: int) -> dict[str, dict]:
-    two = {"training": {"steps": 2}}
-    return {
-        "bf16": compare(rank),
-        "fp32": compare(rank, policy=FP32),
-        "untied": compare(rank, lambda: tiny_qwen3(tie_word_embeddings=False)),
-        "llama": compare(rank, tiny_llama, **two),
-        "kept whole after forward": compare(rank, reshard_after_forward=False, **two),
-        "uneven rows": compare(rank, odd_rows, **two),
-        "checkpointing": compare(rank, before_sharding=_checkpointing),
-        "accumulation": compare(rank, training={"accumulate": 2}),
-        "clipping": compare(rank, training={"clip": 0.05}),
-        "fused optimizer": compare(rank, training={"fused": True}),
-        "compiled": compare(rank, before_sharding=_compiled, **two),
-        "four over six": compare(rank, recipe=NVFP4QATConfig(scale_rule="four_over_six"), **two),
-        "experts": compare(rank, experts),
-        "nvfp4 inputs": compare(rank, recipe=NVFP4QATConfig(activations="nvfp4"), **two),
-        "experts, uneven": compare(
-            rank, partial(experts, num_experts=5), recipe=NVFP4QATConfig(scale_rule="mse"), **two
-        ),
-        "experts, eager, checkpointing": compare(
-            rank, partial(experts, "eager"), before_sharding=_checkpointing, **two
-        ),
-    }
+TWO_STEPS = {"steps": 2}
+# What is passed to `compare`, on two processes.
+MODES: dict[str, dict] = {
+    "bf16": {},
+    "fp32": {"policy": FP32},
+    "untied": {"make": partial(tiny_qwen3, tie_word_embeddings=False)},
+    "llama": {"make": tiny_llama, "training": TWO_STEPS},
+    "kept whole after forward": {"reshard_after_forward": False, "training": TWO_STEPS},
+    "uneven rows": {"make": odd_rows, "training": TWO_STEPS},
+    "checkpointing": {"before_sharding": _checkpointing},
+    "accumulation": {"training": {"accumulate": 2}},
+    "clipping": {"training": {"clip": 0.05}},
+    "fused optimizer": {"training": {"fused": True}},
+    "compiled": {"before_sharding": _compiled, "training": TWO_STEPS},
+    "four over six": {"recipe": NVFP4QATConfig(scale_rule="four_over_six"), "training": TWO_STEPS},
+    "nvfp4 inputs": {"recipe": NVFP4QATConfig(activations="nvfp4"), "training": TWO_STEPS},
+    "experts": {"make": experts},
+    "experts, uneven": {
+        "make": partial(experts, num_experts=5),
+        "recipe": NVFP4QATConfig(scale_rule="mse"),
+        "training": TWO_STEPS,
+    },
+    "experts, eager, checkpointing": {
+        "make": partial(experts, "eager"),
+        "before_sharding": _checkpointing,
+        "training": TWO_STEPS,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes():
+    with Group(2) as group:
+        yield group
+
+
+@pytest.fixture(scope="module")
+def four_processes():
+    with Group(4) as group:
+        yield group
+
+
+def _mode(name: str, rank: int) -> dict[str, float]:
+    return compare(rank, **MODES[name])
 
 
 @pytest.mark.slow
-def test_training_equals_fake_quantization_in_forward_and_moves_a_third_of_the_bytes():
-    results = in_processes(_modes)
-    for name in results[0]:
-        assert_exact([result[name] for result in results])
+@pytest.mark.parametrize("mode", MODES)
+def test_training_equals_fake_quantization_in_forward(two_processes, mode):
+    assert_exact(two_processes.run(partial(_mode, mode)))
+
+
+@pytest.mark.slow
+def test_a_third_of_the_bytes_moves(two_processes):
     num_weights = sum(layer.weight.numel() for layer in qat_modules(prepare_qat(tiny_qwen3())).values())
-    for found in (result["bf16"] for result in results):
+    for found in two_processes.run(partial(_mode, "bf16")):
         # Gathered for forward and backward in 4 steps, half of the rows sent by each of two: 4.5 bits for 16.
         assert found["plain_bytes"] - found["bytes"] == 8 * num_weights // 2 * (16 - 4.5) / 8
 
 
-def _meshes(rank: int) -> dict[str, dict]:
-    hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return {
-        "uneven rows": compare(rank, odd_rows, training={"steps": 2}),
-        "experts, more processes than experts": compare(rank, partial(experts, num_experts=3), training={"steps": 2}),
-        "experts, hybrid": compare(rank, partial(experts, num_experts=3), training={"steps": 2}, mesh=hybrid),
-        "hybrid": compare(rank, training={"steps": 2}, mesh=hybrid),
-        "tensor parallel": _tensor_parallel(rank),
-    }
+# On four processes; hybrid: sharded over two of them, and replicated.
+MESHES: dict[str, dict] = {
+    "uneven rows": {"make": odd_rows},
+    "experts, more processes than experts": {"make": partial(experts, num_experts=3)},
+    "experts, hybrid": {"make": partial(experts, num_experts=3)},
+    "hybrid": {},
+}
+
+
+def _on_four(name: str, rank: int) -> dict[str, float]:
+    options = dict(MESHES[name])
+    if "hybrid" in name:
+        options["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return compare(rank, training=TWO_STEPS, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_four_processes_and_hybrid_sharding(four_processes, mesh):
+    assert_exact(four_processes.run(partial(_on_four, mesh)))
 
 
 def _tensor_parallel(rank: int) -> dict[str, float]:
@@ -247,10 +281,8 @@ def _tensor_parallel(rank: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_four_processes_hybrid_sharding_and_tensor_parallelism():
-    results = in_processes(_meshes, num_processes=4)
-    for name in results[0]:
-        assert_exact([result[name] for result in results])
+def test_tensor_parallelism(four_processes):
+    assert_exact(four_processes.run(_tensor_parallel))
 
 
 def _without_reduction(rank: int) -> dict:
@@ -393,16 +425,18 @@ def test_one_process():
     assert_exact(in_processes(_alone, num_processes=1))
 
 
+ON_GPUS = {
+    "bf16": {},
+    "fp32": {"policy": FP32, "training": TWO_STEPS},
+    "kept whole after forward": {"reshard_after_forward": False, "training": TWO_STEPS},
+    "uneven rows": {"make": odd_rows, "training": TWO_STEPS},
+    "checkpointing": {"before_sharding": _checkpointing},
+    "clipping, fused optimizer": {"training": {"clip": 0.05, "fused": True}},
+}
+
+
 def _on_gpus(rank: int) -> dict[str, dict]:
-    two = {"training": {"steps": 2}}
-    return {
-        "bf16": compare(rank),
-        "fp32": compare(rank, policy=FP32, **two),
-        "kept whole after forward": compare(rank, reshard_after_forward=False, **two),
-        "uneven rows": compare(rank, odd_rows, **two),
-        "checkpointing": compare(rank, before_sharding=_checkpointing, **two),
-        "clipping, fused optimizer": compare(rank, training={"clip": 0.05, "fused": True}),
-    }
+    return {name: compare(rank, **options) for name, options in ON_GPUS.items()}
 
 
 @pytest.mark.gpu

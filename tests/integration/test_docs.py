@@ -14,13 +14,14 @@ from fake_hub import FakeHub
 from messages import VALUE, messages
 
 import hf_nvfp4_qat
-from hf_nvfp4_qat.checkpoint.findings import RULES
 from hf_nvfp4_qat.cli import app
+from hf_nvfp4_qat.doctor.findings import RULES
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference.md"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+FOR_CONTRIBUTORS = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "contributing").glob("*.md"))]
 LANGUAGES = ("python", "console", "text")
 COMMANDS = [f"nvfp4-qat {command.callback.__name__}" for command in app.registered_commands]
 
@@ -97,7 +98,7 @@ def test_every_command_has_an_example_whose_output_is_checked(command):
     assert any(not line.startswith("$") for line in shown)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+@pytest.mark.parametrize("page", [*PAGES, *FOR_CONTRIBUTORS], ids=page_name)
 def test_links_lead_to_files_that_exist(page):
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|#", link)]

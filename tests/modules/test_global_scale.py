@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_nvfp4_qat import prepare_qat, quantize_nvfp4, refresh_global_scales
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint
+from hf_nvfp4_qat.formats.names import from_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
 

@@ -80,6 +80,10 @@ def test_a_trainer_goes_on_from_master_weights_and_refuses_packed_ones(options, 
 
 
 def test_a_loaded_state_dict_trains_on(qwen3_dir):
-    model = load_qat(qwen3_dir)
-    model.load_state_dict(tiny_qwen3().state_dict())
-    take_step(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    loaded, expected = load_qat(qwen3_dir), prepare_qat(tiny_qwen3())
+    loaded.load_state_dict(tiny_qwen3().state_dict())
+    losses = []
+    for model in (loaded, expected):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses.append([take_step(model, optimizer) for _ in range(2)])
+    assert losses[0] == losses[1]

@@ -16,9 +16,10 @@ from transformers import (
 )
 
 from hf_nvfp4_qat import NVFP4QATConfig, coverage, prepare_qat
-from hf_nvfp4_qat.modules.fused_groups import FUSED_GROUPS, fused_group_key
 from hf_nvfp4_qat.modules.linear import QATLinear
-from hf_nvfp4_qat.modules.swap import matches, qat_modules
+from hf_nvfp4_qat.modules.swap import qat_modules
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
+from hf_nvfp4_qat.selection.layer_names import FUSED_GROUPS
 
 
 class Attention(nn.Module):
@@ -42,24 +43,6 @@ def test_ffn_only_leaves_attention_alone_and_says_why():
     report = coverage(prepare_qat(tiny_qwen3(), NVFP4QATConfig(preset="ffn_only")))
     assert len(report.quantized) == 6 and all(".mlp." in name for name in report.quantized)
     assert report.excluded["model.layers.0.self_attn.q_proj"] == "preset ffn_only"
-
-
-@pytest.mark.parametrize(
-    "pattern, path, expected",
-    [
-        ("model.layers.1", "model.layers.1", True),
-        ("model.layers.1", "model.layers.10", False),  # a prefix is no match
-        ("mlp.gate", "model.layers.1.mlp.gate", True),
-        ("mlp.gate", "model.layers.1.mlp.gate_proj", False),
-        ("gate_proj", "model.layers.1.mlp.gate_proj", True),
-        ("proj", "model.layers.1.mlp.gate_proj", False),  # components are matched whole
-        (r"re:.*\.1\.mlp", "model.layers.1.mlp.gate_proj", True),
-        (r"re:.*\.1\.mlp$", "model.layers.1.mlp.gate_proj", False),
-        ("re:mlp", "model.layers.1.mlp", False),  # from the start, as in vLLM
-    ],
-)
-def test_exclude_patterns(pattern, path, expected):
-    assert matches(path, pattern) is expected
 
 
 def test_excluded_layers_stay_plain_and_name_their_pattern():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks.plain import plain_formula
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from processes import in_processes
 
@@ -336,7 +336,6 @@ def weights(draw, min_rows: int = 1) -> torch.Tensor:
     return torch.tensor(bits, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(rows, blocks * 16)
 
 
-@settings(max_examples=200, deadline=None)
 @given(weights(), st.sampled_from(SCALE_RULES))
 def test_quantizing_a_dequantized_weight_changes_nothing(weight, scale_rule):
     once = quantize_nvfp4(weight, scale_rule=scale_rule)
@@ -345,7 +344,6 @@ def test_quantizing_a_dequantized_weight_changes_nothing(weight, scale_rule):
     assert torch.equal(again.global_decode_scale, once.global_decode_scale)
 
 
-@settings(max_examples=100, deadline=None)
 @given(weights(), st.sampled_from(SCALE_RULES))
 def test_eager_and_reference_agree_bit_for_bit(weight, scale_rule):
     fast, plain = (quantize_nvfp4(weight, scale_rule=scale_rule, impl=impl) for impl in ("eager", "reference"))
@@ -353,7 +351,6 @@ def test_eager_and_reference_agree_bit_for_bit(weight, scale_rule):
     assert torch.equal(fake_quantize_nvfp4(weight, scale_rule=scale_rule, impl="eager"), plain.dequantize())
 
 
-@settings(max_examples=100, deadline=None)
 @given(weights(min_rows=2), st.sampled_from(SCALE_RULES), st.data())
 def test_row_shards_concatenate_to_the_whole_weight(weight, scale_rule, data):
     cut = data.draw(st.integers(1, weight.shape[0] - 1))
@@ -366,14 +363,12 @@ def test_row_shards_concatenate_to_the_whole_weight(weight, scale_rule, data):
     assert torch.equal(torch.cat([shard.dequantize() for shard in shards]), whole.dequantize())
 
 
-@settings(max_examples=100, deadline=None)
 @given(weights(), st.sampled_from(SCALE_RULES))
 def test_negating_the_input_negates_the_output(weight, scale_rule):
     values = fake_quantize_nvfp4(weight, scale_rule=scale_rule)
     assert torch.equal(fake_quantize_nvfp4(-weight, scale_rule=scale_rule), -values)
 
 
-@settings(max_examples=100, deadline=None)
 @given(weights(), st.integers(-8, 8), st.sampled_from(SCALE_RULES))
 def test_scaling_the_input_by_a_power_of_two_scales_the_output(weight, exponent, scale_rule):
     factor = 2.0**exponent
@@ -381,7 +376,6 @@ def test_scaling_the_input_by_a_power_of_two_scales_the_output(weight, exponent,
     assert torch.equal(scaled, fake_quantize_nvfp4(weight, scale_rule=scale_rule) * factor)
 
 
-@settings(max_examples=100, deadline=None)
 @given(weights(), st.integers(-3, 0))
 def test_inside_the_normal_range_the_values_do_not_depend_on_the_global_scale(weight, exponent):
     scale = global_decode_scale_of_amax(global_amax(weight))
@@ -481,6 +475,7 @@ def _times_as_fast_as_the_plain_formula(rank: int) -> list[float]:
     return [best(plain_formula, 2) / best(fake_quantize_unchecked, 9) for _ in range(4)]
 
 
+@pytest.mark.nightly
 def test_eager_is_at_least_ten_times_faster_than_the_plain_formula():
     # In a process of its own: in one that has run other tests glibc keeps large tensors, of which the plain formula
     # makes more, and the ratio depends on what ran before.

@@ -1,6 +1,6 @@
 """Two processes with FSDP2: each pushes the whole model's packed weights, gathered from shards."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import tiny_llama, tiny_qwen3_moe, tokens
-from processes import in_processes, raised
-from rollout.test_engine import Store, StoreEngine
+from processes import failing_at, in_processes, raised
+from store_engine import Store, StoreEngine
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -103,27 +103,6 @@ def test_experts_that_a_broken_push_has_gathered_are_not_pushed_later():
 
 
 # A process that fails does not hold up the others, and all of them learn of it
-
-
-class Broken(Exception):
-    pass
-
-
-@contextmanager
-def failing_at(owner, name, failing_call):
-    calls, original = [], getattr(owner, name)
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == failing_call:
-            raise Broken(f"in {name}")
-        return original(*args, **kwargs)
-
-    setattr(owner, name, failing)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
 
 
 def sharded_model():

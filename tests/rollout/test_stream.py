@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_nvfp4_qat import NVFP4QATConfig, fake_quantize_nvfp4, prepare_qat, save_nvfp4
-from hf_nvfp4_qat.checkpoint.names import from_checkpoint
 from hf_nvfp4_qat.checkpoint.stream import packed_sources
-from hf_nvfp4_qat.modules.fused_groups import fused_group_key
+from hf_nvfp4_qat.formats.names import from_checkpoint
 from hf_nvfp4_qat.modules.swap import qat_modules
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.vllm.server import check_alignment
+from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 
 
 @pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama])

@@ -1,23 +1,21 @@
 """NVFP4RolloutCallback in TRL's real trainers with a real vLLM engine, in colocate mode."""
 
-import gc
 import logging
 
 import pytest
 import torch
-from conftest import SMALL_ENGINE, load_qat, tiny_qwen3
+from conftest import SMALL_ENGINE, byte_tokenizer, load_qat
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from trl_trainers import MEMORY, ON_GPU, greedy, keep_alive, logged, make_trainer, rollouts
 
 from hf_nvfp4_qat import NVFP4RolloutCallback, save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.modules.linear import QATLinear
@@ -26,99 +24,8 @@ from hf_nvfp4_qat.rollout import sync as sync_module
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-ON_GPU = torch.cuda.is_available()
-# On a GPU of 80 GB, 2 GB an engine; a CPU build looks at the machine's memory.
-MEMORY = 0.025 if ON_GPU else 0.2
 MISMATCH = "sampling/sampling_logp_difference/mean"
 METRICS = ("sync_seconds", "sync_mib", "compression", "weight_error", "mismatch_kl", "masked_fraction")
-# Engines live until the test ends: one that is collected takes the process groups of the others with it.
-_trainers: list = []
-
-
-@pytest.fixture(autouse=True)
-def release_engines():
-    yield
-    _trainers.clear()
-    gc.collect()
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, like the vocabulary of byte-level models."""
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left")
-    fast.add_special_tokens({"eos_token": "<eos>", "pad_token": "<pad>"})
-    return fast
-
-
-def small_qwen3(path) -> None:
-    """A bfloat16 checkpoint with a byte tokenizer."""
-    tokenizer = byte_tokenizer()
-    model = tiny_qwen3(
-        vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            # Three times the initialization: outputs that depend on the weights, as a trained model's do.
-            parameter.mul_(3 if parameter.ndim == 2 else 1)
-    model.to(torch.bfloat16).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("grpo")
-    small_qwen3(path)
-    return path
-
-
-def variety(completions, **kwargs):
-    """A reward that random text can raise: different characters."""
-    return [float(len(set(completion))) for completion in completions]
-
-
-def make_trainer(model, folder, tmp_path, callbacks, trainer_class=None, config_class=None, **options):
-    from trl import GRPOConfig, GRPOTrainer
-
-    arguments = dict(
-        output_dir=str(tmp_path), use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=MEMORY,
-        vllm_max_model_length=128, use_cpu=not ON_GPU, bf16=False, per_device_train_batch_size=4, num_generations=4,
-        max_completion_length=64, max_steps=3, learning_rate=1e-4, logging_steps=1, report_to=[], save_strategy="no",
-        disable_tqdm=True, seed=0,
-    )  # fmt: skip
-    prompts = ["one two three", "the", "a longer prompt than the others", "x = 1"] * 8
-    trainer = (trainer_class or GRPOTrainer)(
-        model,
-        reward_funcs=variety,
-        args=(config_class or GRPOConfig)(**{**arguments, **options}),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=byte_tokenizer(),
-        callbacks=callbacks,
-    )
-    _trainers.append(trainer)
-    return trainer
-
-
-def rollouts(**kwargs):
-    return NVFP4RolloutCallback(engine_kwargs=SMALL_ENGINE, **kwargs)
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def greedy(engine, num_tokens=12):
-    from vllm import SamplingParams
-
-    prompts = [{"prompt_token_ids": list(range(40 + 9 * i, 52 + 7 * i))} for i in range(4)]
-    parameters = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True, logprobs=0)
-    return [
-        (list(out.outputs[0].token_ids), [next(iter(p.values())).logprob for p in out.outputs[0].logprobs])
-        for out in engine.generate(prompts, parameters, use_tqdm=False)
-    ]
 
 
 def test_qat_closes_the_gap_between_sampler_and_trainer(folder, tmp_path, monkeypatch):
@@ -165,7 +72,7 @@ def test_the_engine_runs_the_exported_checkpoint(folder, tmp_path):
     trainer.save_model(tmp_path / "served")
     assert verify_nvfp4(tmp_path / "served", model).ok
     fresh = LLM(str(tmp_path / "served"), max_model_len=128, gpu_memory_utilization=MEMORY, **SMALL_ENGINE)
-    _trainers.append(fresh)
+    keep_alive(fresh)
     assert greedy(trainer.vllm_generation.llm) == greedy(fresh)
 
 
@@ -334,7 +241,9 @@ def test_trls_own_push_does_not_run_beside_ours(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(VLLMGeneration, "sync_weights", no_push)
     monkeypatch.setattr(VLLMGeneration, "_iter_named_params", no_push)
-    make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], max_steps=1).train()
+    callback = rollouts()
+    make_trainer(load_qat(folder), folder, tmp_path, [callback], max_steps=1).train()
+    assert callback.generation.num_pushes == 1
 
 
 @pytest.mark.gpu
@@ -454,7 +363,7 @@ class OwnWay(Trainer):
 
     def prediction_step(self, *args, **kwargs):
         self.generated += 1
-        return (torch.zeros(()), None, None)
+        return (torch.zeros((), device=self.args.device), None, None)
 
     def training_step(self, *args, **kwargs):
         raise AssertionError("trained")

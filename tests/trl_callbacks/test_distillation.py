@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from conftest import load_qat
+from conftest import byte_tokenizer, load_qat
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, set_seed
-from trl_callbacks.test_callback import MEMORY, ON_GPU, byte_tokenizer, logged, rollouts, small_qwen3
+from trl_trainers import MEMORY, ON_GPU, logged, rollouts
 
 from hf_nvfp4_qat import save_nvfp4, verify_nvfp4
 from hf_nvfp4_qat.modules.swap import qat_weights
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("distillation")
-    small_qwen3(path)
-    return path
 
 
 def make_trainer(folder, tmp_path, callbacks=(), **options):

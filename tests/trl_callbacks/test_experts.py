@@ -1,12 +1,10 @@
 """GRPO of a mixture of experts with a real engine: trained, pushed, checked, as close to the trainer as in BF16."""
 
-import gc
-
 import pytest
 import torch
-from conftest import SMALL_ENGINE, load_qat, tiny_qwen3_moe
+from conftest import SMALL_ENGINE, byte_tokenizer, load_qat, tiny_qwen3_moe
 from transformers import AutoModelForCausalLM, set_seed
-from trl_callbacks.test_callback import MEMORY, _trainers, byte_tokenizer, greedy, logged, make_trainer, rollouts
+from trl_trainers import MEMORY, greedy, logged, make_trainer, rollouts
 
 from hf_nvfp4_qat import save_nvfp4
 from hf_nvfp4_qat.checkpoint.convert import dequantize_checkpoint, quantize_checkpoint
@@ -18,14 +16,11 @@ LARGE = {"per_device_train_batch_size": 64, "max_steps": 4}
 
 
 @pytest.fixture(autouse=True)
-def release_engines():
+def without_groups():
     """vLLM makes its groups once a process; those of an engine without experts lack one that experts need."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
-    yield
-    _trainers.clear()
-    gc.collect()
 
 
 @pytest.fixture(scope="module")

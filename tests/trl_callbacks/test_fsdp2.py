@@ -1,6 +1,5 @@
 """GRPO under FSDP2 in two processes, each with a CPU engine of its own: trained, pushed, resumed, exported."""
 
-import gc
 from functools import partial
 from pathlib import Path
 
@@ -9,9 +8,9 @@ import torch
 import torch.distributed as dist
 from conftest import load_qat
 from datasets import Dataset
-from distributed.test_fsdp_plugin import fsdp_on_cpus
 from processes import in_processes
-from trl_callbacks.test_callback import _trainers, logged, make_trainer, rollouts, small_qwen3
+from sharding import fsdp_on_cpus
+from trl_trainers import logged, make_trainer, release_engines, rollouts, small_qwen3
 
 from hf_nvfp4_qat import NVFP4FSDPCallback, verify_nvfp4
 from hf_nvfp4_qat.distributed.gather import reshard
@@ -51,8 +50,7 @@ def _grpo(source: Path, folder: Path, resume: str | None, rank: int) -> dict:
     report = verify_nvfp4(folder / "final", trainer.model)
     found["verified"] = (report.ok, report.num_layers == len(qat_modules(trainer.model)), str(report))
     del trainer
-    _trainers.clear()
-    gc.collect()  # the engine ends before the processes' group does
+    release_engines()  # the engine ends before the processes' group does
     return found
 
 

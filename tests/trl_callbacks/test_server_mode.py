@@ -4,8 +4,8 @@ takes what came out of them. HTTP and NCCL are stood in for; on GPUs the whole o
 import pytest
 import torch
 from conftest import SMALL_ENGINE, load_qat
-from rollout.vllm.test_server import answering
-from trl_callbacks.test_callback import folder, logged, make_trainer, rollouts  # noqa: F401
+from fake_server import answering
+from trl_trainers import logged, make_trainer, rollouts
 
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations
 from hf_nvfp4_qat.rollout import stream as stream_module
@@ -66,7 +66,7 @@ class ServerStandIn:
 
 
 @pytest.fixture
-def server(folder, monkeypatch):  # noqa: F811
+def server(folder, monkeypatch):
     from trl.generation import vllm_generation
     from vllm import LLM
 
@@ -85,7 +85,7 @@ def server(folder, monkeypatch):  # noqa: F811
         yield dict(vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=1.0)
 
 
-def test_a_server_gets_the_packed_stream(folder, tmp_path, server):  # noqa: F811
+def test_a_server_gets_the_packed_stream(folder, tmp_path, server):
     model = load_qat(folder)
     trainer = make_trainer(model, folder, tmp_path, [rollouts()], learning_rate=1e-2, **server)
     trainer.train()
@@ -97,7 +97,7 @@ def test_a_server_gets_the_packed_stream(folder, tmp_path, server):  # noqa: F81
 
 
 def test_after_a_failure_half_way_the_transfer_ends_and_the_server_is_not_asked(
-    folder, tmp_path, server, monkeypatch  # noqa: F811
+    folder, tmp_path, server, monkeypatch
 ):  # fmt: skip
     trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **server)
     pack, calls = stream_module.quantize_unchecked, []
@@ -118,7 +118,7 @@ def test_after_a_failure_half_way_the_transfer_ends_and_the_server_is_not_asked(
     trainer.vllm_generation.generate([[1, 2]], None, 1)
 
 
-def test_after_an_error_of_the_transfer_the_server_is_not_asked(folder, tmp_path, server, monkeypatch):  # noqa: F811
+def test_after_an_error_of_the_transfer_the_server_is_not_asked(folder, tmp_path, server, monkeypatch):
     trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **server)
 
     def broken(self, metadata, named_params):
@@ -134,7 +134,7 @@ def test_after_an_error_of_the_transfer_the_server_is_not_asked(folder, tmp_path
     trainer.vllm_generation.generate([[1, 2]], None, 1)
 
 
-def test_a_server_that_keeps_results_of_the_old_weights_is_not_asked(folder, tmp_path, server):  # noqa: F811
+def test_a_server_that_keeps_results_of_the_old_weights_is_not_asked(folder, tmp_path, server):
     """TRL asks it to empty its caches, and does not look at the answer."""
     trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()], **server)
     ServerStandIn.resets[:] = [False]
@@ -147,7 +147,7 @@ def test_a_server_that_keeps_results_of_the_old_weights_is_not_asked(folder, tmp
     trainer.vllm_generation.generate([[1, 2]], None, 1)
 
 
-def test_weights_that_diverge_are_refused_before_the_server_waits_for_them(folder, tmp_path, server):  # noqa: F811
+def test_weights_that_diverge_are_refused_before_the_server_waits_for_them(folder, tmp_path, server):
     model = load_qat(folder)
     trainer = make_trainer(model, folder, tmp_path, [rollouts()], **server)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_weights_that_diverge_are_refused_before_the_server_waits_for_them(folde
     assert ServerStandIn.num_pushes == 0
 
 
-def test_a_missing_server_is_an_error_with_the_start_command(folder, tmp_path):  # noqa: F811
+def test_a_missing_server_is_an_error_with_the_start_command(folder, tmp_path):
     with pytest.raises(ConnectionError, match=r"(?s)No vLLM server answers.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
         make_trainer(
             load_qat(folder), folder, tmp_path, [rollouts()], vllm_mode="server",
@@ -165,14 +165,14 @@ def test_a_missing_server_is_an_error_with_the_start_command(folder, tmp_path): 
         )  # fmt: skip
 
 
-def test_nvfp4_inputs_are_refused_since_a_server_may_leave_them_out(folder, tmp_path, server):  # noqa: F811
+def test_nvfp4_inputs_are_refused_since_a_server_may_leave_them_out(folder, tmp_path, server):
     model = load_qat(folder, NVFP4QATConfig(activations="nvfp4"))
     calibrate_activations(model, [torch.arange(1, 41).view(2, 20)])
     with pytest.raises(ValueError, match=r"NVFP4 inputs \(W4A4\).*Use colocate mode"):
         make_trainer(model, folder, tmp_path, [rollouts()], **server)
 
 
-def test_a_server_of_another_model_is_an_error_with_the_start_command(folder, tmp_path, server):  # noqa: F811
+def test_a_server_of_another_model_is_an_error_with_the_start_command(folder, tmp_path, server):
     model = load_qat(folder)
     model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match=r"(?s)another model.*num_hidden_layers 2 \(trainer: 7\).*vllm serve"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import INPUT_GLOBAL_SCALE, PACKED
+from hf_nvfp4_qat.formats.names import INPUT_GLOBAL_SCALE, PACKED
 from hf_nvfp4_qat.rollout.placement import Placement, slices
 from hf_nvfp4_qat.rollout.vllm.experts import expert_weights
 from hf_nvfp4_qat.rollout.vllm.versions import convolution_weight

@@ -10,8 +10,8 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from hf_nvfp4_qat.checkpoint.names import activations_of
 from hf_nvfp4_qat.checkpoint.stream import is_tied, wrong_tied_settings
+from hf_nvfp4_qat.formats.names import activations_of
 from hf_nvfp4_qat.rollout.plan import TensorLayout
 
 # Sizes by which two models of one family differ.

@@ -26,7 +26,7 @@ import torch
 from packaging.version import Version
 from torch import nn
 
-from hf_nvfp4_qat.checkpoint.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
+from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import load_qat, tiny_qwen3
-from rollout.vllm.test_sync import SIZES, empty_engine, generate, make_engine, release_engines, save, train_a_little
+from vllm_engines import SIZES, empty_engine, generate, make_engine, release_engines, save, train_a_little
 
 from hf_nvfp4_qat import NVFP4QATConfig, calibrate_activations, save_nvfp4
 from hf_nvfp4_qat.rollout.sync import check, sync

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import load_qat, tiny_moe
-from rollout.vllm.test_sync import empty_engine, generate, make_engine, release_engines
+from vllm_engines import empty_engine, generate, make_engine, release_engines
 
 from hf_nvfp4_qat import save_nvfp4
 from hf_nvfp4_qat.rollout.stream import RolloutStream

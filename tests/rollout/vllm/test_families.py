@@ -7,9 +7,9 @@ without dims, a weight that the engine keeps twice, a router with a bias or in f
 import pytest
 import torch
 from conftest import SIZES, load_qat
-from rollout.vllm.test_sync import empty_engine, generate, make_engine, release_engines
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
+from vllm_engines import empty_engine, generate, make_engine, release_engines
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
 from hf_nvfp4_qat.rollout.sync import check, sync

@@ -6,19 +6,17 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 import torch
 from conftest import SMALL_ENGINE, load_qat, tiny_qwen3
+from fake_server import answering
 
 from hf_nvfp4_qat import NVFP4QATConfig, save_nvfp4
-from hf_nvfp4_qat.checkpoint.names import quantization_config
+from hf_nvfp4_qat.formats.names import quantization_config
 from hf_nvfp4_qat.rollout.stream import RolloutStream
 from hf_nvfp4_qat.rollout.vllm.server import check_server, reset_server_caches, start_command, with_start_command
 
@@ -45,43 +43,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@contextmanager
-def answering(status: int, *, resets=None, posts=None, **model_config):
-    """A server whose /server_info gives `model_config`, as vLLM nests it.
-
-    Args:
-        status: of what it answers.
-        resets: a list of whether it empties its prefix cache, for each time it is asked to; the last again and again.
-        posts: gets the paths that are posted to.
-        model_config: what it tells.
-    """
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            if posts is not None:
-                posts.append(self.path)
-            self.send_response(status)
-            self.end_headers()
-            if self.path.startswith("/reset_prefix_cache"):
-                success = resets is None or (resets.pop(0) if len(resets) > 1 else resets[0])
-                self.wfile.write(json.dumps({"success": success}).encode())
-
-        def do_GET(self):
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps({"vllm_config": {"model_config": model_config}}).encode())
-
-        def log_message(self, *arguments):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
 
 
 def test_a_server_is_asked_until_its_caches_are_empty():
@@ -186,10 +147,15 @@ def test_a_server_whose_model_cannot_be_compared_is_accepted_by_its_name_only(mo
         check_server(url, model, rollout_config(model), timeout=0)
 
 
-def test_a_server_of_an_exported_checkpoint_is_accepted(model, tmp_path):
-    save_nvfp4(model, tmp_path)
-    with answering(200, model=str(tmp_path), quantization="compressed-tensors", hf_overrides={}) as url:
+def test_what_an_exported_checkpoint_says_of_itself_decides_whether_its_server_is_accepted(model, folder, tmp_path):
+    save_nvfp4(model, tmp_path / "same")
+    save_nvfp4(load_qat(folder, NVFP4QATConfig(preset="ffn_only")), tmp_path / "other")
+    answer = dict(quantization="compressed-tensors", hf_overrides={})
+    with answering(200, model=str(tmp_path / "same"), **answer) as url:
         check_server(url, model, rollout_config(model), timeout=0)
+    with answering(200, model=str(tmp_path / "other"), **answer) as url:
+        with pytest.raises(ValueError, match=r"same layers unquantized.*8 differ"):
+            check_server(url, model, rollout_config(model), timeout=0)
 
 
 @pytest.mark.vllm

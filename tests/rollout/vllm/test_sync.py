@@ -1,17 +1,27 @@
 """Pushes into a real vLLM engine: on a CPU through the plugin's GEMM, on a GPU through Marlin and CUDA graphs."""
 
 import dataclasses
-import gc
 
 import pytest
 import torch
-from conftest import SMALL_ENGINE, load_qat, take_step, tiny_llama, tiny_qwen3
+from conftest import load_qat, tiny_llama, tiny_qwen3
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
+from vllm_engines import (
+    ON_GPU,
+    PROMPTS,
+    SIZES,
+    empty_engine,
+    generate,
+    make_engine,
+    release_engines,
+    save,
+    train_a_little,
+)
 
 from hf_nvfp4_qat import NVFP4QATConfig, prepare_qat, save_nvfp4
 from hf_nvfp4_qat.rollout import sync as sync_module
 from hf_nvfp4_qat.rollout.stream import RolloutStream
-from hf_nvfp4_qat.rollout.sync import check, engine_arguments, sync
+from hf_nvfp4_qat.rollout.sync import check, sync
 from hf_nvfp4_qat.rollout.vllm.engine import VLLMEngine, worker_of
 from hf_nvfp4_qat.rollout.vllm.loading import place_tensors
 from hf_nvfp4_qat.rollout.vllm.reading import kernel_name
@@ -19,72 +29,13 @@ from hf_nvfp4_qat.rollout.vllm.versions import plain_tensors, unprocessed_loader
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-ON_GPU = torch.cuda.is_available()
-# Marlin wants in_features of 128 or more; heads of 32 keep q, k and v of different heights.
-SIZES = dict(vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32)
 MLP = "model.layers.0.mlp"
-PROMPTS = [[1, 2, 3, 4], [100, 7, 55], [9]]
-
-
-# An engine that is collected takes the process groups of the others with it, so all of them go together.
-_engines: list = []
-
-
-def release_engines() -> None:
-    _engines.clear()
-    gc.collect()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def release_engines_at_the_end():
     yield
     release_engines()
-
-
-def make_engine(path, **kwargs):
-    from vllm import LLM
-
-    engine = LLM(
-        model=str(path),
-        skip_tokenizer_init=True,
-        # Graphs without compilation: what the tests are about, and a third of the start-up time.
-        **{**SMALL_ENGINE, "enforce_eager": not ON_GPU},
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4]},
-        gpu_memory_utilization=0.03 if ON_GPU else 0.2,
-        distributed_executor_backend="uni",
-        **{"max_model_len": 64, **kwargs},
-    )
-    _engines.append(engine)
-    return engine
-
-
-def empty_engine(path, model, **kwargs):
-    """An engine as TRL's callback builds it: NVFP4 configuration, random weights."""
-    return make_engine(path, **{**engine_arguments(model), **kwargs})
-
-
-def generate(engine, num_tokens: int = 12):
-    """Greedy tokens and their log-probabilities."""
-    from vllm import SamplingParams
-
-    parameters = SamplingParams(max_tokens=num_tokens, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = [request.outputs[0] for request in engine.generate(prompts, parameters, use_tqdm=False)]
-    return [
-        (list(output.token_ids), [next(iter(logprob.values())).logprob for logprob in output.logprobs])
-        for output in outputs
-    ]
-
-
-def save(model, path):
-    # Larger weights than the default initialization, for outputs that depend on them.
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(4 if parameter.ndim == 2 else 1)
-            if name.endswith("bias"):
-                parameter.normal_()
-    model.to(torch.bfloat16).save_pretrained(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +51,6 @@ def model(folder):
 @pytest.fixture(scope="module")
 def engine(folder):
     return empty_engine(folder, load_qat(folder), max_model_len=512)
-
-
-def train_a_little(model, lr: float = 3e-3):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    for _ in range(2):
-        take_step(model.cpu(), optimizer)
-    return model.cuda() if ON_GPU else model
 
 
 def test_a_synced_engine_generates_as_one_that_loads_the_exported_checkpoint(engine, model, tmp_path):
