@@ -1,1 +1,1 @@
-"""How vLLM gets the weights: a stream of packed tensors into a running engine, and proof of what arrived."""
+"""How an engine gets the weights: a stream of packed tensors into it while it runs, and proof of what arrived."""

@@ -1,4 +1,4 @@
-"""Push a model's packed weights into a vLLM engine of this process, and prove that they arrived.
+"""Push a model's packed weights into an engine of this process, and prove that they arrived.
 
     LLM(name, **engine_arguments(model))    an engine that waits for its first push
 
