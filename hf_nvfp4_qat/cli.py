@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,8 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from hf_nvfp4_qat.doctor.findings import Diagnosis
+
 BAD_INPUT = 2
-"""Exit code for bad input, and for a checkpoint that is not good."""
+"""Exit code for bad input, and of `verify` for a checkpoint that is not good."""
 FOUND_FAULTS = 1
 """Exit code of `doctor` for a checkpoint that it can examine, and in which something goes wrong."""
 
@@ -74,6 +77,16 @@ def _progress_bar() -> Iterator:
             bar.update(tasks[stage], completed=done)
 
         yield advance
+
+
+def _print_plain(text: str) -> None:
+    """Text that may be a stranger's, as it is."""
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def _exit_code(report: "Diagnosis", *, faults: int) -> int:
+    """0 for notes at most, else `faults`."""
+    return 0 if report.ok else faults
 
 
 def _refuse_occupied(destination: Path, overwrite: bool) -> None:
@@ -344,8 +357,8 @@ def verify(path: Source) -> None:
         from hf_nvfp4_qat.doctor.verify import verify_nvfp4
 
         report = verify_nvfp4(path)
-    console.print(str(report), soft_wrap=True, highlight=False, markup=False)
-    raise typer.Exit(0 if report.ok else BAD_INPUT)
+    _print_plain(str(report))
+    raise typer.Exit(_exit_code(report, faults=BAD_INPUT))  # scripts rely on it
 
 
 @app.command()
@@ -380,11 +393,11 @@ def doctor(
         sys.stdout.write("\n")
     else:
         for change in fixed:
-            console.print(f"fixed: {change}", soft_wrap=True, highlight=False, markup=False)
-        console.print(str(diagnosis), soft_wrap=True, highlight=False, markup=False)
+            _print_plain(f"fixed: {change}")
+        _print_plain(str(diagnosis))
         if reason:
-            console.print(printable(f"nothing was fixed: {reason}"), soft_wrap=True, highlight=False, markup=False)
-    raise typer.Exit(BAD_INPUT if reason else 0 if diagnosis.ok else FOUND_FAULTS)
+            _print_plain(printable(f"nothing was fixed: {reason}"))
+    raise typer.Exit(BAD_INPUT if reason else _exit_code(diagnosis, faults=FOUND_FAULTS))
 
 
 @app.command()

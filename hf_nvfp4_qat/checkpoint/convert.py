@@ -224,7 +224,7 @@ def convert_checkpoint(
     check_dialect(dialect)
     reader = open_checkpoint(resolve_checkpoint(source))
     check_packed(reader)
-    if isinstance(reader, ModelOptReader) == (dialect == "modelopt"):
+    if reader.dialect == dialect:
         raise ValueError(
             f"A checkpoint is converted to the other dialect; {reader.directory} is in that of {dialect} already. "
             "Use it as it is, or choose the other one."

@@ -20,7 +20,6 @@ from hf_nvfp4_qat.checkpoint.skeleton import (
     tied_heads,
 )
 from hf_nvfp4_qat.doctor.findings import Finding, found
-from hf_nvfp4_qat.doctor.rescale import ScaleFacts, scale_facts, shared_exponents
 from hf_nvfp4_qat.formats.files import CONFIG_FILE, DTYPES, FLOATING, CheckpointReader
 from hf_nvfp4_qat.formats.names import (
     BLOCK_SCALE,
@@ -38,6 +37,7 @@ from hf_nvfp4_qat.formats.names import (
     packed_tensors,
 )
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE, E2M1_MAX
+from hf_nvfp4_qat.numerics.rescale import ScaleFacts, scale_facts, shared_exponents
 from hf_nvfp4_qat.selection.fused_groups import always_fused_key, split_fused_groups
 from hf_nvfp4_qat.selection.patterns import names_matching
 
@@ -308,7 +308,7 @@ def check_architecture(
             yield found("skipped-tensor", name, f"{message}, but skipped by loaders")
         else:
             yield found("unknown-tensor", name, message)
-    shapes = {f"{layer}.weight": _weight_shape(reader, layer) for layer in readable}
+    shapes: dict[str, tuple[int, ...]] = {f"{layer}.weight": weight_shape(reader, layer) for layer in readable}
     shapes |= {name: reader.layout(name)[1] for name in expected if name in present and layer_of(name) not in packed}
     for name, shape in expected.items():
         if shapes.get(name, shape) != shape:
@@ -387,6 +387,7 @@ def _differ_in_front(path: str, other: str) -> bool:
     return not any(part.isdigit() for part in (*first, *second))
 
 
-def _weight_shape(reader: CheckpointReader, layer: str) -> tuple[int, ...]:
+def weight_shape(reader: CheckpointReader, layer: str) -> tuple[int, int]:
+    """``(N, K)`` of a packed layer whose parts belong together."""
     rows, half_columns = reader.layout(f"{layer}.{PACKED}")[1]
     return rows, 2 * half_columns

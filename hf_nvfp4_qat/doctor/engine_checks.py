@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from hf_nvfp4_qat.checkpoint.skeleton import CACHE_SCALES, linear_weights
 from hf_nvfp4_qat.doctor.checks import layers_with_nvfp4_inputs, setting
 from hf_nvfp4_qat.doctor.findings import Finding, found
-from hf_nvfp4_qat.doctor.rescale import is_exact_in_bfloat16
 from hf_nvfp4_qat.formats.files import CONFIG_FILE, FLOATING, CheckpointReader
 from hf_nvfp4_qat.formats.modelopt import ModelOptReader
 from hf_nvfp4_qat.formats.names import (
@@ -29,6 +28,7 @@ from hf_nvfp4_qat.formats.names import (
 )
 from hf_nvfp4_qat.modules.swap import fused_experts
 from hf_nvfp4_qat.numerics.format import BLOCK_SIZE
+from hf_nvfp4_qat.numerics.rescale import is_exact_in_bfloat16
 from hf_nvfp4_qat.selection.fused_groups import always_fused_key, fused_group_key
 from hf_nvfp4_qat.selection.layer_names import (
     COLUMN_PARALLEL,

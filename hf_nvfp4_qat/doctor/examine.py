@@ -12,7 +12,7 @@ model that has these tensors.
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from hf_nvfp4_qat.doctor.checks import (
     check_parts,
     check_values,
     setting,
+    weight_shape,
 )
 from hf_nvfp4_qat.doctor.contents import Contents, read_contents
 from hf_nvfp4_qat.doctor.engine_checks import (
@@ -42,12 +43,11 @@ from hf_nvfp4_qat.doctor.engine_checks import (
     check_tensor_parallel,
     check_unpacked_values,
 )
-from hf_nvfp4_qat.doctor.findings import ENGINES, SEVERITIES, Finding, fold, found
+from hf_nvfp4_qat.doctor.findings import ENGINES, Diagnosis, Finding, fold, found
 from hf_nvfp4_qat.formats.files import (
     CONFIG_FILE,
     HF_QUANT_CONFIG,
     CheckpointReader,
-    printable,
     read_json_object,
     resolve_checkpoint,
 )
@@ -60,7 +60,6 @@ from hf_nvfp4_qat.formats.modelopt import (
 )
 from hf_nvfp4_qat.formats.names import (
     GLOBAL_ENCODE_SCALE,
-    PACKED,
     activations_of,
     is_nvfp4_config,
     packed_tensors,
@@ -79,58 +78,6 @@ _FIRST = {
     "configs-disagree": {"duplicate-tensor", "bad-group", "missing-input-scale", "unused-input-scale"},
 }
 """Findings of a rule are not mended while there are any of these."""
-
-_MAX_COMPARISONS = 3 * 10**7
-"""Of ModelOpt's wildcards with names: more would take minutes."""
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What ``examine`` found.
-
-    Attributes:
-        path: the directory that was read.
-        dialect: "compressed-tensors" or "modelopt"; None if nothing in it is packed.
-        engine: the one asked about; None: all.
-        num_layers: packed layers.
-        num_tensors: tensors in the files that can be read.
-        findings: the worst first; like ones are one.
-    """
-
-    path: Path
-    dialect: str | None
-    engine: str | None
-    num_layers: int
-    num_tensors: int
-    findings: tuple[Finding, ...]
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing goes wrong: notes at most."""
-        return all(finding.severity == "note" for finding in self.findings)
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data, for `--json`; keys are added in later versions, never renamed."""
-        return {
-            "path": printable(str(self.path)),
-            "dialect": self.dialect,
-            "engine": self.engine,
-            "num_layers": self.num_layers,
-            "num_tensors": self.num_tensors,
-            "ok": self.ok,
-            "findings": [asdict(finding) for finding in self.findings],
-        }
-
-    def __str__(self) -> str:
-        head = f"{self.path}: {self.num_layers} packed layers, {self.num_tensors} tensors"
-        counts = {severity: sum(finding.severity == severity for finding in self.findings) for severity in SEVERITIES}
-        counted = ", ".join(f"{number} {name}{'s' * (number > 1)}" for name, number in counts.items() if number)
-        lines = [printable(f"{head}: {'good' if self.ok else 'not good'}{f' ({counted})' if counted else ''}")]
-        for finding in self.findings:
-            of = f" [{', '.join(finding.engines)}]" if finding.engines else ""
-            lines.append(f"  {finding.severity}: {finding.rule}{of}: {finding}")
-            lines.append(f"    {'`--fix` does this: ' if finding.fixable else ''}{finding.fix}")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -157,8 +104,7 @@ class Examination:
 
     def shapes(self) -> Shapes:
         """``(N, K)`` of the packed layers that can be read."""
-        codes = {layer: self.reader.layout(f"{layer}.{PACKED}")[1] for layer in self.readable}
-        return {layer: (rows, 2 * half_columns) for layer, (rows, half_columns) in codes.items()}
+        return {layer: weight_shape(self.reader, layer) for layer in self.readable}
 
 
 def examine(path: str | os.PathLike, *, engine: str | None = None, tensor_parallel_size: int = 1) -> Diagnosis:
@@ -186,10 +132,9 @@ def examine(path: str | os.PathLike, *, engine: str | None = None, tensor_parall
             findings += check_plain_loading(examination.reader, examination.layers, examination.model, engine)
     if tensor_parallel_size > 1:
         findings += check_tensor_parallel(shapes, examination.contents.config, tensor_parallel_size)
-    dialect = "modelopt" if isinstance(examination.reader, ModelOptReader) else "compressed-tensors"
     return Diagnosis(
         examination.contents.directory,
-        dialect if examination.layers else None,
+        examination.reader.dialect if examination.layers else None,
         engine,
         len(examination.layers),
         len(examination.contents.file_of),
@@ -302,7 +247,6 @@ def _checked_config(examination: Examination) -> dict[str, Any] | None:
         examination.findings.append(found("dialect-mismatch", CONFIG_FILE, problem))
         return None
     try:
-        _refuse_endless(contents.config, reader)
         config = reader.config()
         quantization = config.get("quantization_config") or {}
         if is_nvfp4_config(quantization):
@@ -333,20 +277,6 @@ def _refuse_odd_types(quantization: dict[str, Any]) -> None:
         for name, kind in (("targets", list), ("weights", dict), ("input_activations", dict)):
             if not isinstance(group.get(name) or kind(), kind):
                 raise TypeError(f"`{name}` of a group must be a {kind.__name__}; it is a {type(group[name]).__name__}")
-
-
-def _refuse_endless(config: dict[str, Any], reader: CheckpointReader) -> None:
-    """ModelOpt's wildcards are compared with every name of a layer that is not packed."""
-    if not isinstance(reader, ModelOptReader):
-        return
-    stored = config.get("quantization_config") or read_json_object(reader.directory / HF_QUANT_CONFIG)
-    details = stored.get("quantization") or stored
-    entries = details.get("ignore") or details.get("exclude_modules") or []
-    if len(entries) * len(reader.names) > _MAX_COMPARISONS:
-        raise ValueError(
-            f"Excluded modules are compared with every name; {len(entries)} of them with {len(reader.names)} names "
-            "would take too long. Name only the modules that there are."
-        )
 
 
 def _check_dtype(examination: Examination, config: dict[str, Any]) -> Iterator[Finding]:

@@ -5,7 +5,9 @@ each rule how bad it is, what to do and which engines it concerns; a check says 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from hf_nvfp4_qat.formats.files import printable
 
@@ -115,6 +117,7 @@ RULES = {
     "unknown-tensor": Rule("warning", "Remove it, or check `architectures` in config.json."),
     "skipped-tensor": Rule("note", "Nothing to do: loaders skip it."),
     "wrong-shape": Rule("error", "Check that config.json belongs to these weights."),
+    "another-model": Rule("error", "Save this model, or compare with the one that was saved."),
     "not-compared": Rule("note", "Every other check was made."),
     # Engines
     "vllm-name": Rule("error", "Add the entry to `ignore`.", ("vllm",)),
@@ -195,3 +198,67 @@ def fold(findings: Iterable[Finding]) -> list[Finding]:
         more = f" and {len(places) - _NUM_NAMED} more" if len(places) > _NUM_NAMED else ""
         folded.append(replace(same[0], where=names + more, message=printable(same[0].message), count=len(same)))
     return sorted(folded, key=lambda finding: SEVERITIES.index(finding.severity))
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What ``examine`` or ``verify_nvfp4`` found.
+
+    Attributes:
+        path: the directory that was read.
+        dialect: "compressed-tensors" or "modelopt"; None if nothing in it is packed.
+        engine: the one asked about; None: all.
+        num_layers: packed layers.
+        num_tensors: tensors in the files that can be read.
+        findings: of ``examine`` the worst first, and like ones are one.
+        num_compared: tensors that equal the model's, if one was given.
+    """
+
+    path: Path
+    dialect: str | None
+    engine: str | None
+    num_layers: int
+    num_tensors: int
+    findings: tuple[Finding, ...]
+    num_compared: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing goes wrong: notes at most."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        """What is worse than a note, a line each."""
+        return [str(finding) for finding in self.findings if finding.severity != "note"]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is unusual but loads right, a line each."""
+        return [str(finding) for finding in self.findings if finding.severity == "note"]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, for `--json`; keys are added in later versions, never renamed."""
+        return {
+            "path": printable(str(self.path)),
+            "dialect": self.dialect,
+            "engine": self.engine,
+            "num_layers": self.num_layers,
+            "num_tensors": self.num_tensors,
+            "ok": self.ok,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    def __str__(self) -> str:
+        head = f"{self.path}: {self.num_layers} packed layers, {self.num_tensors} tensors"
+        compared = f", {self.num_compared} tensors equal to the model's" if self.num_compared else ""
+        findings = fold(self.findings)
+        counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
+        counted = ", ".join(f"{number} {name}{'s' * (number > 1)}" for name, number in counts.items() if number)
+        verdict = "good" if self.ok else "not good"
+        lines = [printable(f"{head}: {verdict}{f' ({counted})' if counted else ''}{compared}")]
+        for finding in findings:
+            of = f" [{', '.join(finding.engines)}]" if finding.engines else ""
+            lines.append(f"  {finding.severity}: {finding.rule}{of}: {finding}")
+            lines.append(f"    {'`--fix` does this: ' if finding.fixable else ''}{finding.fix}")
+        return "\n".join(lines)

@@ -23,7 +23,6 @@ from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, tied_heads
 from hf_nvfp4_qat.doctor.checks import TEXT_CONFIGS
 from hf_nvfp4_qat.doctor.examine import Examination, look_at
 from hf_nvfp4_qat.doctor.findings import Finding
-from hf_nvfp4_qat.doctor.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
 from hf_nvfp4_qat.formats.files import (
     CONFIG_FILE,
     FLOATING,
@@ -46,6 +45,7 @@ from hf_nvfp4_qat.formats.names import (
     layer_of,
     packed_tensors,
 )
+from hf_nvfp4_qat.numerics.rescale import ScaleFacts, rescaled, scale_facts, shared_exponents
 from hf_nvfp4_qat.selection.fused_groups import always_fused_key
 from hf_nvfp4_qat.selection.layer_names import EMBEDDINGS
 from hf_nvfp4_qat.selection.patterns import names_matching, patterns_without_match

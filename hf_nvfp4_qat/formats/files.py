@@ -362,6 +362,9 @@ class CheckpointReader:
         ValueError: no safetensors weights there, or a shard named by the index is missing.
     """
 
+    dialect = "compressed-tensors"
+    """In whose names and directions the file holds packed tensors."""
+
     def __init__(self, directory: str | os.PathLike, file_of: dict[str, str] | None = None) -> None:
         self.directory = Path(directory)
         index = self.directory / INDEX_FILE

@@ -45,6 +45,8 @@ _QUANT_METHODS = ("modelopt", "modelopt_fp4")
 _ALGORITHMS = {"W4A16_NVFP4": False, "NVFP4": True}
 """Name to whether inputs are quantized."""
 
+_MAX_COMPARISONS = 3 * 10**7
+"""Of excluded modules with names: more would take minutes."""
 _AGAIN = "Take config.json from the checkpoint's source again."
 _EXACT = "nvfp4_exact_scales"
 _RECIPROCALS = {GLOBAL_ENCODE_SCALE: "weight_scale_2", INPUT_GLOBAL_SCALE: "input_scale"}
@@ -174,6 +176,8 @@ class ModelOptReader(CheckpointReader):
         ValueError: as ``CheckpointReader``.
     """
 
+    dialect = QUANT_METHOD
+
     def __init__(self, directory: str | os.PathLike, file_of: dict[str, str] | None = None) -> None:
         super().__init__(directory, file_of)
         layers = {name.rpartition(".")[0] for name in self.file_of if name.endswith(".weight_scale_2")}
@@ -206,12 +210,14 @@ class ModelOptReader(CheckpointReader):
                     f"{algorithm} has 4 bits in blocks of {BLOCK_SIZE}; a group in the config of {self.directory} has "
                     f"{weights.get('num_bits', 4)} in blocks of {weights.get('group_size', BLOCK_SIZE)}. {_AGAIN}"
                 )
+        if len(stored["ignore"]) * len(self.names) > _MAX_COMPARISONS:
+            raise ValueError(
+                f"Excluded modules are compared with every name; {len(stored['ignore'])} of them with "
+                f"{len(self.names)} names would take too long. Name only the modules that there are."
+            )
         weights_only = bool(groups) and not any(group.get("input_activations") for group in groups)
-        excluded = {
-            layer
-            for layer in unpacked_layers(self)
-            if any(excluded_in_modelopt(entry, layer) for entry in stored["ignore"])
-        }
+        unpacked = unpacked_layers(self)
+        excluded = {layer for entry in stored["ignore"] for layer in unpacked if excluded_in_modelopt(entry, layer)}
         config["quantization_config"] = quantization_config(
             [_MIXER.sub(r"re:.*mixer[.]\1$", entry) for entry in _spelled_out(stored["ignore"], excluded)],
             scale_rule=scale_rule_of(stored),
@@ -236,9 +242,7 @@ class ModelOptReader(CheckpointReader):
             expert = OF_AN_EXPERT.fullmatch(layer)
             layers_of.setdefault(expert[1] if expert else fused_group_key(layer), []).append(layer)
         found = {
-            entry: [
-                layer for module, built in layers_of.items() if excluded_in_modelopt(entry, module) for layer in built
-            ]
+            entry: [layer for name, built in layers_of.items() if excluded_in_modelopt(entry, name) for layer in built]
             for entry in _stored_config(super().config(), self)["ignore"]
         }
         return {entry: excluded for entry, excluded in found.items() if excluded}

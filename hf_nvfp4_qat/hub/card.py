@@ -145,7 +145,6 @@ def _metadata(
     measured: list[EvalResult],
     tags: Sequence[str],
 ) -> ModelCardData:
-    dialect = "modelopt" if isinstance(reader, ModelOptReader) else "compressed-tensors"
     found: dict[str, Any] = {
         "library_name": "transformers",
         **({} if kept.get("license") else license),
@@ -156,7 +155,7 @@ def _metadata(
         if value is not None and kept.get(key) is None:
             kept[key] = value
     had = [tag for tag in kept.get("tags") or () if tag not in _DIALECTS]
-    kept["tags"] = list(dict.fromkeys([*had, *TAGS, dialect, *tags]))
+    kept["tags"] = list(dict.fromkeys([*had, *TAGS, reader.dialect, *tags]))
     if measured:
         kept.pop("model-index", None)
         kept |= {"eval_results": measured, "model_name": kept.get("model_name") or reader.directory.name}

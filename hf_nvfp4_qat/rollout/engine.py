@@ -1,14 +1,7 @@
 """What a rollout engine is to a push: the one door between a model in training and whatever generates.
 
-    arguments        what such an engine is started with, so that it waits for its first push
-    place            where each tensor of a push lies in it; refuses what it cannot run
-    push             all tensors, in place
-    reader           what it computes with, to compare
-    reset_caches     forgets what it computed with other weights, and makes sure that it did
-    refuse, allow    whether it may generate
-
-``engine_of`` puts the right one in front of an object of the user's. Another kind of engine is a folder beside
-``vllm/`` with a subclass of ``Engine``, and a line in ``_KINDS``.
+``engine_of`` puts the right kind in front of an object of the user's. Another kind is a folder beside ``vllm/`` with a
+subclass of ``Engine``, and a line in ``_KINDS``.
 """
 
 from abc import ABC, abstractmethod
@@ -31,17 +24,18 @@ class Engine(ABC):
 
     Attributes:
         name: of its kind, for messages.
+        is_whole: whether it holds all of each weight, and does not share it with engines in other processes.
     """
 
     name: str
 
     @abstractmethod
     def __init__(self, llm: Any) -> None:
-        """Stand in front of an engine.
+        """Stand in front of `llm`. Raises ValueError if it is none of this kind, or not in this process."""
 
-        Raises:
-            ValueError: `llm` is none of this kind, or not in this process.
-        """
+    @property
+    @abstractmethod
+    def is_whole(self) -> bool: ...  # noqa: D102
 
     @staticmethod
     @abstractmethod
@@ -51,18 +45,13 @@ class Engine(ABC):
     @staticmethod
     @abstractmethod
     def arguments(stream: RolloutStream) -> dict[str, Any]:
-        """What an engine is made with to take this stream, beside the path of the model."""
-
-    @property
-    @abstractmethod
-    def is_whole(self) -> bool:
-        """Whether it holds all of each weight, and does not share it with engines in other processes."""
+        """What an engine is made with, beside the path of the model, to wait for the first push of this stream."""
 
     @abstractmethod
     def place(self, stream: RolloutStream) -> Mapping[str, Sequence[Placement]]:
         """Where the tensors of a stream go, by name; worked out once for a layout.
 
-        Experts come stacked or one by one from here on, as the engine can take them (``stream.stack_experts``).
+        From here on experts come stacked or one by one, as the engine can take them (``stream.stack_experts``).
 
         Raises:
             ValueError: the engine cannot compute with these weights, or they do not fit. It is unchanged.
@@ -70,7 +59,7 @@ class Engine(ABC):
 
     @abstractmethod
     def push(self, tensors: Iterable[NamedTensor], layout: Sequence[TensorLayout]) -> None:
-        """Take tensors that were placed, which must be exactly those of `layout`, and wait until all are there.
+        """Take tensors that were placed, in place, and wait until all are there.
 
         Raises:
             ValueError: a tensor that differs from what `layout` announces.
@@ -79,17 +68,14 @@ class Engine(ABC):
 
     @abstractmethod
     def reader(self) -> Callable[[Placement], torch.Tensor]:
-        """Reads the values at the `target` of a placement; of packed codes the decoded values, twice as wide."""
+        """Reads what it computes with at the `target` of a placement; packed codes decoded, so twice as wide."""
 
     @abstractmethod
     def reset_caches(self, *, restart_requests: bool = False) -> None:
-        """Empty every cache of what the engine computed with its weights.
-
-        Args:
-            restart_requests: as for ``sync``.
+        """Empty every cache of what was computed with the weights, and make sure that it is empty.
 
         Raises:
-            ValueError: the engine has unfinished requests, or something else that keeps a cache in use.
+            ValueError: there are unfinished requests, and not `restart_requests`; or a cache stays in use.
         """
 
     @abstractmethod
@@ -107,11 +93,7 @@ def engine_kind(name: str) -> type[Engine]:
 
 
 def engine_of(llm: Any) -> Engine:
-    """What stands in front of `llm`.
-
-    Raises:
-        ValueError: no kind of engine knows it.
-    """
+    """What stands in front of `llm`. Raises ValueError if no kind of engine knows it."""
     kinds = [engine_kind(name) for name in _KINDS]
     # Nobody's: the first says what it needs.
     return next((kind for kind in kinds if kind.is_mine(llm)), kinds[0])(llm)

@@ -17,6 +17,7 @@ A plan is worked out at the first push of a model, kept as long as the model liv
 another: other modules, names, shapes or dtypes, other weights in NVFP4, another conversion to checkpoint names.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -66,7 +67,6 @@ class RolloutPlan:
         quantizes_input: whether inputs are NVFP4 too (W4A4).
         num_bf16_bytes: of all weights in bfloat16.
         ignored_layers: names of matrices that are not packed.
-        is_under_way: whether a push has begun and not come to its end; its plan is not used again.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,19 +87,17 @@ class RolloutPlan:
         self.quantizes_input = self.packed[0].input_amax is not None
         self.num_bf16_bytes = sum(2 * torch.Size(source.shape).numel() for source in sources)
         self.ignored_layers = ignored_layers(model, sources)
-        self.is_under_way = False
-        # What is computed from several weights was computed just now.
-        self._is_lasting = all(source.module_name is not None for source in sources)
+        # Not if values are kept: of what is computed from several weights, and of shards gathered for several tensors.
+        names, weights = Counter(source.module_name for source in sources), LiveWeights(model)
+        self._is_lasting = all(name and (num == 1 or not is_sharded(weights[name])) for name, num in names.items())
         self._layouts: dict[bool, tuple[list[list[TensorLayout]], tuple[TensorLayout, ...]]] = {}
         self._facts, self._objects = _structure(model)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model is still built as it was, and the last push came to its end."""
-        if self.is_under_way or not self._is_lasting:
-            return False
+        """Whether the model is still built as it was."""
         facts, objects = _structure(model)
         is_same = len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return is_same and facts == self._facts
+        return self._is_lasting and is_same and facts == self._facts
 
     def layouts(self, *, is_stacked: bool) -> tuple[list[list[TensorLayout]], tuple[TensorLayout, ...]]:
         """The tensors that come, group by group and one after the other."""

@@ -101,7 +101,7 @@ class RolloutStream:
             fresh: copy pass-through weights that need no conversion. False is for a receiver that has copied
                 everything before the next training step, and saves it a copy of the embedding.
         """
-        self._begin(self._gathers_of_a_push())
+        self._gathers, self._gathered = self._gathers_of_a_push(), {}
         return self._tensors(observe, fresh)
 
     def _tensors(self, observe: Callable[[str, torch.Tensor, NVFP4Tensor], None], fresh: bool) -> Iterator[NamedTensor]:
@@ -128,14 +128,7 @@ class RolloutStream:
             for item in layout:
                 # Popped: by the time the next tensor is asked for, only the receiver holds the last one.
                 yield item.name, tensors.pop(item.name)
-        self._end()
-
-    def _begin(self, gathers: Iterator[Callable[[], Any]]) -> None:
-        self._gathers, self._gathered, self._plan.is_under_way = gathers, {}, True
-
-    def _end(self) -> None:
-        self._gathers = iter(())  # which held this object, and with it the model
-        self._plan.is_under_way = False
+        self._gathers = iter(())  # which held this object, and with it the weights
 
     def take_part(self) -> None:
         """After an error, run the gathers that the other processes still wait for, and drop what they bring.
@@ -189,13 +182,8 @@ class RolloutStream:
     def weights(self) -> Iterator[tuple[Source, torch.Tensor]]:
         """(source, whole master weight), in the same order, unpacked: to compare an engine with."""
         sources = [source for group in self._groups for source in group]
-        self._begin(iter([source.master for source in sources]))
-        return self._weights(sources)
-
-    def _weights(self, sources: list[Source]) -> Iterator[tuple[Source, torch.Tensor]]:
-        for source in sources:
-            yield source, next(self._gathers)()
-        self._end()
+        self._gathers = iter([source.master for source in sources])
+        return ((source, next(self._gathers)()) for source in sources)
 
 
 def _decoder_layer(name: str) -> str:

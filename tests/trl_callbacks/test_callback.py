@@ -286,9 +286,9 @@ def test_a_failing_push_stops_training_and_generation(folder, tmp_path, monkeypa
 
 
 def test_weights_that_arrive_changed_stop_training(folder, tmp_path, monkeypatch):
-    from hf_nvfp4_qat.checkpoint import stream as stream_module
+    from hf_nvfp4_qat.checkpoint import sources
 
-    pack = stream_module.to_checkpoint
+    pack = sources.to_checkpoint
 
     def wrong(layer, packed, input_scale):
         tensors = pack(layer, packed, input_scale)
@@ -297,7 +297,7 @@ def test_weights_that_arrive_changed_stop_training(folder, tmp_path, monkeypatch
         return tensors
 
     trainer = make_trainer(load_qat(folder), folder, tmp_path, [rollouts()])
-    monkeypatch.setattr(stream_module, "to_checkpoint", wrong)
+    monkeypatch.setattr(sources, "to_checkpoint", wrong)
     with pytest.raises(RuntimeError, match=r"does not compute with the weights in training: 1 .*v_proj\.weight"):
         trainer.train()
     with pytest.raises(RuntimeError, match="must not generate"):
@@ -363,7 +363,7 @@ class OwnWay(Trainer):
 
     def prediction_step(self, *args, **kwargs):
         self.generated += 1
-        return (torch.zeros(()), None, None)
+        return (torch.zeros((), device=self.args.device), None, None)
 
     def training_step(self, *args, **kwargs):
         raise AssertionError("trained")

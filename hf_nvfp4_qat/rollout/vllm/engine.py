@@ -29,7 +29,7 @@ class VLLMEngine(Engine):
 
     def __init__(self, llm: Any) -> None:  # noqa: D102
         vllm_version()
-        self._llm_engine = getattr(llm, "llm_engine", None)
+        self._llm_engine: Any = getattr(llm, "llm_engine", None)
         self.worker = worker_of(llm)
 
     @staticmethod

@@ -3,7 +3,7 @@
     code * block_scale * g  ==  code * (block_scale * 2**e) * (g * 2**-e)
 
 holds exactly as long as the block scales stay E4M3 values, and all of [2**-6, 448] times a power of two are while they
-stay inside. This mends two faults of other tools' checkpoints: global scales that differ where vLLM keeps one, and
+stay inside. This mends two faults of other tools' weights: global scales that differ where vLLM keeps one, and
 block scales below 2**-6, which Marlin may flush to zero.
 """
 
@@ -22,7 +22,7 @@ _SIGNS = ~_MAGNITUDES
 """The bits of 16 codes in an integer."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScaleFacts:
     """What the scales of one weight hold.
 
@@ -38,14 +38,14 @@ class ScaleFacts:
     """
 
     global_decode_scale: float
-    num_bad: int
-    num_zero: int
-    num_subnormal: int
-    num_negative_zeros: int
-    num_lost_rows: int
-    num_zero_rows: int
-    smallest: float | None
-    largest: float | None
+    num_bad: int = 0
+    num_zero: int = 0
+    num_subnormal: int = 0
+    num_negative_zeros: int = 0
+    num_lost_rows: int = 0
+    num_zero_rows: int = 0
+    smallest: float | None = None
+    largest: float | None = None
 
     @property
     def has_good_global_scale(self) -> bool:
@@ -55,8 +55,7 @@ class ScaleFacts:
 
 def scale_facts(weight: NVFP4Tensor) -> ScaleFacts:
     """Look at every scale of a weight ``[N, K]``, some rows at a time."""
-    num_bad = num_zero = num_subnormal = num_negative_zeros = num_lost_rows = num_zero_rows = 0
-    smallest, largest = math.inf, 0.0
+    facts = ScaleFacts(weight.global_decode_scale.item())
     for rows in _row_pieces(weight):
         scale, codes = rows.block_scale.float(), rows.packed
         is_bad = scale.isnan() | (scale < 0)
@@ -65,31 +64,21 @@ def scale_facts(weight: NVFP4Tensor) -> ScaleFacts:
         magnitudes = blocks & _MAGNITUDES
         live = (magnitudes != 0) & ~is_bad
         used = scale[live & (scale > 0)]
-        num_bad += int(is_bad.sum())
-        num_zero += int((live & (scale == 0)).sum())
-        num_subnormal += int((used < E4M3_MIN_NORMAL).sum())
+        facts.num_bad += int(is_bad.sum())
+        facts.num_zero += int((live & (scale == 0)).sum())
+        facts.num_subnormal += int((used < E4M3_MIN_NORMAL).sum())
         # Packers give blocks of zeros one scale, and blocks that round to zeros at most one other, their least.
         is_third = (scale != scale.amin(1, keepdim=True)) & (scale != scale.amax(1, keepdim=True))
         is_zero_row = (magnitudes == 0).all(1) & ~is_bad.any(1)
-        num_lost_rows += int((is_zero_row & is_third.any(1)).sum())
-        num_zero_rows += int((is_zero_row & ~is_third.any(1)).sum())
+        facts.num_lost_rows += int((is_zero_row & is_third.any(1)).sum())
+        facts.num_zero_rows += int((is_zero_row & ~is_third.any(1)).sum())
         # Adding 7 sets the sign bit of every magnitude but zero. We write no negative zero: ours are never counted.
         if (blocks & ~(magnitudes + _MAGNITUDES) & _SIGNS).any():
-            num_negative_zeros += int(((codes & 0x0F) == 0x08).sum()) + int(((codes & 0xF0) == 0x80).sum())
+            facts.num_negative_zeros += int(((codes & 0x0F) == 0x08).sum()) + int(((codes & 0xF0) == 0x80).sum())
         if used.numel():
-            smallest, largest = min(smallest, float(used.min())), max(largest, float(used.max()))
-    has_used = largest > 0
-    return ScaleFacts(
-        weight.global_decode_scale.item(),
-        num_bad,
-        num_zero,
-        num_subnormal,
-        num_negative_zeros,
-        num_lost_rows,
-        num_zero_rows,
-        smallest if has_used else None,
-        largest if has_used else None,
-    )
+            facts.smallest = min(facts.smallest or math.inf, float(used.min()))
+            facts.largest = max(facts.largest or 0.0, float(used.max()))
+    return facts
 
 
 def shared_exponents(facts: Mapping[str, ScaleFacts]) -> dict[str, int] | None:

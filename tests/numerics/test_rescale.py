@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_nvfp4_qat import NVFP4Tensor, quantize_nvfp4
-from hf_nvfp4_qat.doctor.rescale import is_exact_in_bfloat16, rescaled, scale_facts, shared_exponents
+from hf_nvfp4_qat.numerics.rescale import is_exact_in_bfloat16, rescaled, scale_facts, shared_exponents
 
 SCALES = torch.arange(1, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
 """All that are positive: 7 subnormal ones first, 448 last."""
