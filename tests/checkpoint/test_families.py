@@ -117,6 +117,6 @@ def test_the_doctor_sees_by_structure_what_no_name_tells(sources, tmp_path, monk
     quantize_checkpoint(sources / "deepseek_v32", tmp_path)
     layer = "model.layers.1.self_attn.indexer.wk"
     pack(tmp_path, layer)
-    monkeypatch.setattr("hf_nvfp4_qat.selection.rules._CHOOSES_OR_ANSWERS", ())
-    monkeypatch.setattr("hf_nvfp4_qat.selection.rules._BY_NAME", ())
+    monkeypatch.setattr("hf_nvfp4_qat.selection.rules.CHOOSES_OR_ANSWERS", ())
+    monkeypatch.setattr("hf_nvfp4_qat.selection.rules.KEPT_OUT", ())
     assert ("quantized-router", layer) in rules(tmp_path)
