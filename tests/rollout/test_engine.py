@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import take_step, tiny_qwen3, tiny_qwen3_moe
-from hf_nvfp4_qat.checkpoint.names import PACKED
 from store_engine import Store, StoreEngine
 
 from hf_nvfp4_qat import prepare_qat
+from hf_nvfp4_qat.formats.names import PACKED
 from hf_nvfp4_qat.rollout import engine as engine_module
 from hf_nvfp4_qat.rollout.engine import engine_of
 from hf_nvfp4_qat.rollout.sync import check, engine_arguments, sync
