@@ -99,6 +99,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.get_closest_marker("vllm") is not None)
 
 
+@pytest.fixture(autouse=True)
+def leave_nothing_behind():
+    """What a test compiled, and what libraries wrote into the environment for it, is not there for the next test."""
+    before = dict(os.environ)
+    yield
+    torch.compiler.reset()
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 def tiny_qwen3(**changes) -> PreTrainedModel:
     """Qwen3, tied embeddings, 14 linears to quantize, in fp32."""
     set_seed(0)

@@ -51,6 +51,17 @@ def edges() -> torch.Tensor:
     return torch.cat([torch.zeros(1, 32), torch.cat([blocks, blocks.flip(0) * 2.0**-10], dim=1)])
 
 
+def magnitudes() -> torch.Tensor:
+    """bfloat16 [N, 16]: under each of some maxima, all magnitudes down to an eighth and more."""
+    every = torch.arange(0x3E80, 0x4000, dtype=torch.int16).view(torch.bfloat16)  # 0.25 to 2
+    blocks = []
+    for top in every[256::9]:
+        below = every[every <= top]
+        below = below[len(below) % 15 :].view(-1, 15)
+        blocks.append(torch.cat([below, top.expand(len(below), 1)], dim=1))
+    return torch.cat(blocks)
+
+
 WEIGHTS = {
     **{
         f"{shape} {dtype}": random_weight(shape, dtype) for shape in SHAPES for dtype in (torch.bfloat16, torch.float32)
@@ -59,6 +70,7 @@ WEIGHTS = {
     "tiny": random_weight((33, 64), torch.float32, 1e-38),
     "huge": random_weight((33, 64), torch.float32, 1e30),
     "edges": edges(),
+    "magnitudes": magnitudes(),
     "transposed": random_weight((64, 48), torch.bfloat16).t(),
     "experts by columns": random_weight((3, 32, 48), torch.float32).transpose(1, 2),
     "sliced": random_weight((40, 96), torch.float32)[3::7, 32:96],
