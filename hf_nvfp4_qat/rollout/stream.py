@@ -41,6 +41,7 @@ class RolloutStream:
         experts: name of each quantized fused weight to its parts in a checkpoint.
         is_stacked: whether each of these comes in one piece.
         quantizes_input: whether inputs are NVFP4 too (W4A4).
+        architecture: name of the model's class, as config.json has it.
         tied_settings: settings of config.json that the model has outgrown: embeddings that it says are tied.
     """
 
@@ -58,6 +59,7 @@ class RolloutStream:
         self._group_layouts, self.layout = plan.layouts(is_stacked=False)
         self.num_packed, self.num_bf16_bytes = len(plan.packed), plan.num_bf16_bytes
         self.quantizes_input, self.ignored_layers = plan.quantizes_input, plan.ignored_layers
+        self.architecture = type(model).__name__.removeprefix("FSDP")
         self.tied_settings = wrong_tied_settings(model.config, is_tied(model)) if hasattr(model, "config") else {}
         # What takes all processes and is still to come, in the order that is the same on all of them.
         self._gathers: Iterator[Callable[[], Any]] = iter(())

@@ -38,7 +38,7 @@ from hf_nvfp4_qat.rollout.vllm.server import (
     start_command,
     with_start_command,
 )
-from hf_nvfp4_qat.rollout.vllm.versions import vllm_version
+from hf_nvfp4_qat.rollout.vllm.versions import engine_arguments, vllm_version
 from hf_nvfp4_qat.trl_callbacks.metrics import WeightSample, record
 from hf_nvfp4_qat.trl_callbacks.trl_versions import check_trl, private, sharding_of, weights_sleep
 
@@ -166,12 +166,6 @@ class NVFP4Generation:
     def _take_over_engine(self, stream: RolloutStream) -> None:
         weights_sleep(self.trl_generation)  # raises now what would raise later
         engine = self._engine = VLLMEngine(self.trl_generation.llm)
-        served = type(engine.worker.model_runner.get_model()).__name__
-        if served.startswith("Transformers"):
-            raise ValueError(
-                f"vLLM has no implementation of its own for this model and runs it through {served}, which changes the "
-                "class of the model in training too, in the same process. Use server mode."
-            )
         self.kernel = kernel_name(engine.worker)
         if not self.kernel:
             raise ValueError(
@@ -194,7 +188,8 @@ class NVFP4Generation:
         private(trl_generation, "_weight_metadata")  # raises now what would raise later
         config = stream.quantization_config
         base_url = trl_generation.server_base_url or f"http://{trl_generation.server_host}:{trl_generation.server_port}"
-        command = start_command(trl_generation.model.name_or_path, config, base_url, stream.tied_settings)
+        arguments = engine_arguments(quantizes_input=False, has_experts=bool(stream.experts))
+        command = start_command(trl_generation.model.name_or_path, config, base_url, stream.tied_settings, arguments)
         check_alignment(stream.layout)
         if trl_generation.accelerator.is_main_process:
             with with_start_command(command):
@@ -353,7 +348,8 @@ def _engine_made_with(given: dict[str, Any], required: dict[str, Any]) -> Iterat
 
     def make_engine(*args: Any, **kwargs: Any) -> Any:
         overrides = {**(given.get("hf_overrides") or {}), **required["hf_overrides"]}
-        return original(*args, **{**kwargs, **given, **required, "hf_overrides": overrides})
+        fixed = {name: required[name] for name in ("load_format", "dtype")}
+        return original(*args, **{**kwargs, **required, **given, **fixed, "hf_overrides": overrides})
 
     vllm_generation.LLM = make_engine
     try:

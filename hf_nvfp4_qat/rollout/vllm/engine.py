@@ -14,7 +14,12 @@ from hf_nvfp4_qat.rollout.plan import TensorLayout
 from hf_nvfp4_qat.rollout.stream import NamedTensor, RolloutStream
 from hf_nvfp4_qat.rollout.vllm.reading import EngineReader, check_kernel
 from hf_nvfp4_qat.rollout.vllm.replay import EnginePlan
-from hf_nvfp4_qat.rollout.vllm.versions import register_empty_loader, vllm_version
+from hf_nvfp4_qat.rollout.vllm.versions import (
+    engine_arguments,
+    refuse_transformers_backend,
+    register_empty_loader,
+    vllm_version,
+)
 
 # Attribute of vLLM's worker.
 _PLAN = "nvfp4_rollout_plan"
@@ -38,7 +43,9 @@ class VLLMEngine(Engine):
 
     @staticmethod
     def arguments(stream: RolloutStream) -> dict[str, Any]:  # noqa: D102
+        refuse_transformers_backend(stream.architecture)
         return {
+            **engine_arguments(quantizes_input=stream.quantizes_input, has_experts=bool(stream.experts)),
             "hf_overrides": {"quantization_config": stream.quantization_config, **stream.tied_settings},
             "load_format": register_empty_loader(),
             # What weights decode to, exactly.

@@ -15,6 +15,7 @@ from hf_nvfp4_qat.checkpoint.origins import ExpertPart
 from hf_nvfp4_qat.formats.names import GLOBAL_ENCODE_SCALE, INPUT_GLOBAL_SCALE, PACKED, layer_of
 from hf_nvfp4_qat.rollout.placement import Placement, Region
 from hf_nvfp4_qat.rollout.plan import TensorLayout
+from hf_nvfp4_qat.rollout.vllm.versions import marlin_experts_arguments
 
 
 class StackedExperts:
@@ -127,8 +128,8 @@ def expert_weights(module: Any, name: str) -> torch.Tensor:
         return torch.stack([expert_product(module, name, expert, identity).t() for expert in range(num_experts)])
     if type(experts).__name__ != "MarlinExperts":
         raise ValueError(
-            f"Experts are read back through Marlin's kernel; this engine runs {type(experts).__name__}. Set "
-            'moe_backend="marlin" in the engine, or check_every=0.'
+            f"Experts are read back through Marlin's kernel; this engine runs {type(experts).__name__}. Make it with "
+            'moe_backend="marlin" (`engine_kwargs` of NVFP4RolloutCallback), which is what it gets by itself.'
         )
     return _marlin_weights(module, name)
 
@@ -138,6 +139,7 @@ def _marlin_weights(module: Any, name: str) -> torch.Tensor:
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
     from vllm.scalar_type import scalar_types
 
+    permutations, workspace, options = marlin_experts_arguments(module)
     config = module.quant_method.moe_quant_config
     weight, scale = getattr(module, f"{name}_weight"), getattr(module, f"{name}_weight_scale")
     global_scale = config.g1_alphas if name == "w13" else config.g2_alphas
@@ -151,10 +153,10 @@ def _marlin_weights(module: Any, name: str) -> torch.Tensor:
         sorted_ids, expert_ids, num_padded = moe_align_block_size(ids, 64, num_experts)
         product = torch.empty(num_columns, num_rows, dtype=torch.bfloat16, device=weight.device)
         product = ops.moe_wna16_marlin_gemm(
-            identity, product, weight, None, scale, None, global_scale, None, None, None, module.workspace,
+            identity, product, weight, None, scale, None, global_scale, None, *permutations, workspace,
             sorted_ids, expert_ids, num_padded, share, moe_block_size=64, top_k=1, mul_topk_weights=False,
             b_q_type=scalar_types.float4_e2m1f, size_m=num_columns, size_n=num_rows, size_k=num_columns,
-            is_k_full=True, use_atomic_add=False, use_fp32_reduce=True, is_zp_float=False,
+            use_atomic_add=False, use_fp32_reduce=True, is_zp_float=False, **options,
         )  # fmt: skip
         out[expert] = product.t()
     return out

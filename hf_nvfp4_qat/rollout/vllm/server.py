@@ -19,7 +19,11 @@ _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 def start_command(
-    model: str, config: dict[str, Any], base_url: str, tied_settings: dict[str, Any] | None = None
+    model: str,
+    config: dict[str, Any],
+    base_url: str,
+    tied_settings: dict[str, Any] | None = None,
+    arguments: dict[str, Any] | None = None,
 ) -> str:
     """The shell line that starts a server for these rollouts.
 
@@ -28,10 +32,11 @@ def start_command(
         config: quantization config of the rollouts.
         base_url: where the trainer looks for it.
         tied_settings: of the ``RolloutStream``.
+        arguments: of ``versions.engine_arguments``, for a server of this version on GPUs like those here.
     """
     url = urlsplit(base_url)
     overrides = {"quantization_config": config, **(tied_settings or {})}
-    arguments = [
+    line = [
         *("vllm", "serve", model),
         *("--port", str(url.port or 8000)),
         *("--hf-overrides", json.dumps(overrides, separators=(",", ":"))),
@@ -39,7 +44,10 @@ def start_command(
         *("--weight-transfer-config", '{"backend":"nccl"}'),
         *("--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"),
     ]
-    return f"VLLM_SERVER_DEV_MODE=1 {shlex.join(arguments)}"
+    for name, value in (arguments or {}).items():
+        option = name.replace("_", "-")
+        line += [f"--no-{option}"] if value is False else [f"--{option}", value]
+    return f"VLLM_SERVER_DEV_MODE=1 {shlex.join(line)}"
 
 
 @contextmanager

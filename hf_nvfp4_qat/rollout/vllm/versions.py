@@ -7,6 +7,14 @@ version    what differs                                                         
 < 0.27.1   Marlin's lock workspace, a plain attribute that CUDA graphs have          `stable_addresses`
            captured, is allocated anew by every reload
 < 0.28     so are the global scales of fused experts                                 `stable_addresses`
+< 0.30     Marlin's kernel of experts takes permutations of columns                  `marlin_experts_arguments`
+>= 0.31    its locks are no attribute of the layer, but the worker's                  `marlin_experts_arguments`
+0.28-0.32  constants that normalize images are buffers, which a loader that draws    `engine_arguments`
+           weights at random overwrites
+>= 0.32    Humming is preferred to Marlin on Hopper, if it is installed              `engine_arguments`
+all        Humming keeps its locks on the kernel object, which a reload makes anew   `stable_addresses`
+all        models that vLLM runs through Transformers change its classes in this     `refuse_transformers_backend`
+           process, and so the model in training
 all        a reload that fails half-way leaves modules on the meta device, and       `abandon_reload`
            counts what was loaded before towards the next attempt
 all        a reload asks each loader for its name, which a partial function lacks   `unprocessed_loaders`
@@ -34,7 +42,7 @@ EMPTY_FORMAT = "nvfp4_empty"
 _empty_loader: Any = None
 
 OLDEST = Version("0.26.0")
-NEWEST_TESTED = Version("0.31.0")
+NEWEST_TESTED = Version("0.33.0")
 
 
 _warned: set[Version] = set()
@@ -85,7 +93,7 @@ def current_config(worker: Any) -> Iterator[None]:
 
 @contextmanager
 def stable_addresses(model: nn.Module) -> Iterator[None]:
-    """Keep every tensor that is a plain attribute of a module where it is, with the values it has at the end.
+    """Keep every tensor that is a plain attribute of a module or its kernel where it is, with the values it then has.
 
     CUDA graphs have captured the addresses. vLLM preserves those of parameters and buffers itself. An error is no
     exception: graphs that lock in freed memory hang at the next generation.
@@ -94,22 +102,92 @@ def stable_addresses(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for (path, name), old in before.items():
-            module = model.get_submodule(path)
-            new = vars(module).get(name)
-            if isinstance(new, torch.Tensor) and new is not old and new.shape == old.shape and new.dtype == old.dtype:
-                old.copy_(new)
-                setattr(module, name, old)
+        for path, module in model.named_modules():
+            # A reload may have made the owner anew, with tensors of its own.
+            for kernel, owner in _owners_of_tensors(module):
+                for name, new in list(vars(owner).items()):
+                    old = before.get((path, kernel, name))
+                    if (
+                        isinstance(new, torch.Tensor)
+                        and old is not None
+                        and new is not old
+                        and (new.shape, new.dtype) == (old.shape, old.dtype)
+                    ):
+                        old.copy_(new)
+                        setattr(owner, name, old)
 
 
-def plain_tensors(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
-    """Tensors that modules hold as plain attributes, by (module path, attribute)."""
+def plain_tensors(model: nn.Module) -> dict[tuple[str, str, str], torch.Tensor]:
+    """Tensors that modules and their kernels hold as plain attributes, by (module path, path to the kernel, name)."""
     return {
-        (path, name): value
+        (path, kernel, name): value
         for path, module in model.named_modules()
-        for name, value in vars(module).items()
+        for kernel, owner in _owners_of_tensors(module)
+        for name, value in vars(owner).items()
         if isinstance(value, torch.Tensor)
     }
+
+
+# Where a layer of vLLM keeps the object that computes.
+_KERNELS = ("scheme.kernel", "quant_method", "quant_method.kernel", "quant_method.moe_kernel.fused_experts")
+
+
+def _owners_of_tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield "", module
+    for path in _KERNELS:
+        owner: Any = module
+        for name in path.split("."):
+            owner = getattr(owner, name, None)
+        if hasattr(owner, "__dict__"):
+            yield path, owner
+
+
+def engine_arguments(*, quantizes_input: bool, has_experts: bool) -> dict[str, Any]:
+    """What an engine is made with so that vLLM does not choose by itself what rollouts cannot do with.
+
+    Args:
+        quantizes_input: whether inputs are NVFP4 too; then vLLM knows the only kernels there are.
+        has_experts: whether fused experts are quantized.
+    """
+    arguments: dict[str, Any] = {}
+    if torch.cuda.is_available() and not quantizes_input:
+        arguments["linear_backend"] = "marlin"
+        if has_experts:
+            arguments["moe_backend"] = "marlin"
+    if Version("0.28") <= vllm_version() < Version("0.33"):
+        arguments["mm_device_do_normalize"] = False
+    return arguments
+
+
+def refuse_transformers_backend(architecture: str) -> None:
+    """Refuse, before an engine is made, a model that vLLM has no implementation of.
+
+    Raises:
+        ValueError: it would run the model through Transformers.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    known = ModelRegistry.models.get(architecture)
+    if known is None or getattr(known, "class_name", "").startswith("Transformers"):
+        raise ValueError(
+            f"vLLM has no implementation of its own of {architecture} and runs it through Transformers, which changes "
+            "the class of the model in training too, in the same process. Use server mode."
+        )
+
+
+def marlin_experts_arguments(module: Any) -> tuple[tuple[None, ...], torch.Tensor, dict[str, Any]]:
+    """What Marlin's kernel of experts takes in this version of vLLM: permutations, locks, and options.
+
+    Args:
+        module: vLLM's ``RoutedExperts``.
+    """
+    version = vllm_version()
+    permutations, options = ((None, None), {"is_k_full": True}) if version < Version("0.30") else ((), {})
+    if version < Version("0.31"):
+        return permutations, module.workspace, options
+    from vllm.model_executor.layers.quantization.utils.marlin_utils import get_marlin_workspace
+
+    return permutations, get_marlin_workspace(module.w13_weight.device), options
 
 
 def unprocessed_loaders(model: nn.Module) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor, Any]]:

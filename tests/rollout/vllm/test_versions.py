@@ -1,8 +1,11 @@
 """Other versions of vLLM than the tested ones: said once, and never in the way of those who do not need us."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 from hf_nvfp4_qat.rollout.vllm import cpu_plugin, versions
 from hf_nvfp4_qat.rollout.vllm.versions import NEWEST_TESTED, OLDEST, vllm_version
@@ -118,3 +121,59 @@ def test_a_version_outside_the_tested_range_gets_one_line_and_the_plugin(vllm, u
         f"hf_nvfp4_qat: NVFP4 on a CPU is tested with vLLM {OLDEST} to {NEWEST_TESTED}; 99.1.0 is installed."
     ]
     assert unpatched[0].MarlinNvFp4LinearKernel.__module__ == cpu_plugin.__name__
+
+
+class Kernel:
+    """An object that computes for a layer, with tensors of its own."""
+
+    def __init__(self):
+        self.locks = torch.zeros(4)
+
+
+def test_tensors_of_kernels_keep_their_addresses_where_a_reload_makes_kernels_anew():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    dense, experts = model
+    dense.scheme = SimpleNamespace(kernel=Kernel())
+    experts.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=Kernel()))
+    captured = [dense.scheme.kernel.locks, experts.quant_method.moe_kernel.fused_experts.locks]
+    with versions.stable_addresses(model):
+        dense.scheme.kernel.locks = torch.full((4,), 2.0)
+        experts.quant_method.moe_kernel = SimpleNamespace(fused_experts=Kernel())
+        experts.quant_method.moe_kernel.fused_experts.locks += 3
+    held = [dense.scheme.kernel.locks, experts.quant_method.moe_kernel.fused_experts.locks]
+    assert all(new is old for new, old in zip(held, captured, strict=True))
+    assert [tensor.tolist() for tensor in held] == [[2.0] * 4, [3.0] * 4]
+
+
+@pytest.mark.parametrize(
+    "version, cuda, inputs, experts, expected",
+    [
+        ("0.27.1", True, False, False, {"linear_backend": "marlin"}),
+        ("0.33.0", True, False, True, {"linear_backend": "marlin", "moe_backend": "marlin"}),
+        ("0.33.0", True, True, True, {}),
+        ("0.31.0", False, False, True, {"mm_device_do_normalize": False}),
+        ("0.33.0", False, False, True, {}),
+    ],
+)
+def test_the_kernel_is_chosen_here_where_vllm_would_choose(vllm, monkeypatch, version, cuda, inputs, experts, expected):
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    assert versions.engine_arguments(quantizes_input=inputs, has_experts=experts) == expected
+
+
+def test_models_that_vllm_runs_through_transformers_are_refused_before_there_is_an_engine(vllm):
+    versions.refuse_transformers_backend("Qwen3ForCausalLM")
+    for architecture in ("OlmoForCausalLM", "NeverHeardOfForCausalLM"):
+        with pytest.raises(ValueError, match=f"no implementation of its own of {architecture}"):
+            versions.refuse_transformers_backend(architecture)
+
+
+@pytest.mark.parametrize("version, workspace", [("0.29.0", "own"), ("0.30.0", "own"), ("0.33.0", "shared")])
+def test_the_kernel_of_experts_gets_what_its_version_takes(vllm, monkeypatch, version, workspace):
+    marlin_utils = pytest.importorskip("vllm.model_executor.layers.quantization.utils.marlin_utils")
+    monkeypatch.setattr(vllm, "__version__", version)
+    monkeypatch.setattr(marlin_utils, "get_marlin_workspace", lambda device: "shared", raising=False)
+    module = SimpleNamespace(workspace="own", w13_weight=torch.zeros(1))
+    permutations, found, options = versions.marlin_experts_arguments(module)
+    assert found == workspace
+    assert (permutations, options) == (((None, None), {"is_k_full": True}) if version < "0.30" else ((), {}))
