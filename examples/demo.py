@@ -15,38 +15,17 @@ from pathlib import Path
 
 import matplotlib
 import torch
-import torch.nn.functional as F
 import typer
 from datasets import Dataset
 from demo_data import SEQUENCE_LENGTH, load_text, prepare_model
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from hf_nvfp4_qat import NVFP4QATConfig, verify_nvfp4
+from hf_nvfp4_qat import NVFP4QATConfig, QADTrainer, verify_nvfp4
 
 console = Console()
-
-
-class DistillationTrainer(Trainer):
-    """KL divergence from a frozen teacher; everything else is Trainer's."""
-
-    def __init__(self, *args, teacher, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.teacher = teacher.eval()
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(input_ids=inputs["input_ids"])
-        with torch.no_grad():
-            teacher_logits = self.teacher(input_ids=inputs["input_ids"]).logits
-        loss = F.kl_div(
-            F.log_softmax(outputs.logits.float(), dim=-1).flatten(0, 1),
-            F.log_softmax(teacher_logits.float(), dim=-1).flatten(0, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
-        return (loss, outputs) if return_outputs else loss
 
 
 def train(base: Path, tokens: torch.Tensor, output: Path, *, steps: int, learning_rate: float):
@@ -58,10 +37,10 @@ def train(base: Path, tokens: torch.Tensor, output: Path, *, steps: int, learnin
     # Embeddings and norms stay as they are: they are not quantized, so there is nothing to recover in them.
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.endswith("proj.weight"))
-    trainer = DistillationTrainer(
+    trainer = QADTrainer(
         model=student,
         teacher=teacher,
-        train_dataset=Dataset.from_dict({"input_ids": tokens}).with_format("torch"),
+        train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens}).with_format("torch"),
         args=TrainingArguments(
             output_dir=str(output / "training"),
             max_steps=steps,

@@ -158,7 +158,9 @@ def test_under_zero3_and_fsdp1_the_teacher_is_what_trl_makes_of_reference_models
     trainer = QADTrainer(prepare_qat(tiny_qwen3()), arguments(tmp_path), teacher=tiny_qwen3())
     trainer.is_fsdp_enabled = how == "fsdp1"
     teacher = tiny_qwen3()
-    assert trainer._prepare_teacher(teacher).model["wrapped"] is teacher and prepared[-1] is trainer.accelerator
+    ready = trainer._prepare_teacher(teacher)
+    assert ready.model["wrapped"] is teacher and prepared[-1] is trainer.accelerator
+    assert ready._device == trainer.accelerator.device  # its weights may be offloaded to another
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
     monkeypatch.setitem(sys.modules, "trl.models", None)
     with pytest.raises(ValueError, match="TRL is not installed"):

@@ -134,6 +134,13 @@ def test_scales_are_fresh_after_loading_into_a_submodule(qat_model, tmp_path):
     assert_fresh(qat_model, tmp_path)
 
 
+def test_a_scale_whose_buffer_is_replaced_is_computed_anew(qat_model, tmp_path):
+    """As Accelerate does, which puts the buffers of before loading back."""
+    for layer in qat_modules(qat_model).values():
+        layer.global_decode_scale = torch.ones_like(layer.global_decode_scale)
+    assert_fresh(qat_model, tmp_path)
+
+
 def test_scales_are_fresh_after_trainer(qat_model, tmp_path):
     before = scales_of(qat_model)
     arguments = TrainingArguments(
