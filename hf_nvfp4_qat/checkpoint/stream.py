@@ -69,6 +69,8 @@ def packed_sources(
     scales = shared_scales({layer_of(name): partial(given.__getitem__, name) for name in quantized if name in given})
     amaxes = {name: _input_amax(name, weight, given) for name, weight in quantized.items()}
     left_out = {f"{layer_of(name)}.input_amax" for name, amax in amaxes.items() if amax is not None}
+    # What a weight is made of beside its master goes with it.
+    left_out |= {f"{layer_of(name)}.{part}" for name, weight in quantized.items() for _, part in weight.places[1:]}
     tensors = {name: tensor for name, tensor in weights.items() if name not in left_out}
     origins = checkpoint_origins(model, tensors)
     computed = computed_tensors(model, tensors, origins)

@@ -173,7 +173,7 @@ class _Recipe:
 
 def _fake_quantized(weight: TrainedWeight) -> torch.Tensor:
     """The values that forward computes with, in the dtype that the module would compute in."""
-    master = weight.master
+    master = weight.operand()
     dtype = master.dtype
     if torch.is_autocast_enabled(master.device.type):
         dtype = torch.get_autocast_dtype(master.device.type)

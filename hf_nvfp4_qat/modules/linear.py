@@ -199,13 +199,14 @@ class QATLinear(QATModule, nn.Linear):
             return super().forward(input)
         if not torch.compiler.is_compiling():
             weight.global_scales.refresh_if_stale(weight)
+        operand = weight.operand()
         bias: torch.Tensor | None = self.bias
         if bias is not None and torch.is_autocast_enabled(input.device.type):
             bias = bias.to(compute_dtype)
-        arguments = (input, self.weight, bias, self.global_decode_scale, weight.scale_rule, input_scale, compute_dtype)
+        arguments = (input, operand, bias, self.global_decode_scale, weight.scale_rule, input_scale, compute_dtype)
         if torch.compiler.is_compiling():
             return _CompiledLinear.apply(*arguments)
-        return _Product.apply(_Kept.apply(input, self.weight), *arguments)
+        return _Product.apply(_Kept.apply(input, operand), *arguments)
 
     def _input_scale(self, input: torch.Tensor) -> torch.Tensor | None:
         """Global decode scale of the inputs: that of the largest so far, in training of this one too."""

@@ -1,7 +1,7 @@
 """TrainedWeight: one weight that trains in NVFP4, as a value, and the modules that have such weights.
 
     master                    a parameter of the module; what the optimizer moves is `parameters()`
-    trained()                 what is quantized, in forward and for checkpoints (a subclass may add a low-rank part)
+    operand(), trained()      what is quantized, in forward and for checkpoints (a subclass may add a low-rank part)
     fake_quantized_weight()   what forward multiplies with, and what is served
 
 A linear has one such weight, a module of fused experts several. Scales, gathers, checkpoints and pushes work on these
@@ -108,9 +108,13 @@ class TrainedWeight:
         # A weight that somebody keeps longer than its model stays what it was.
         return self._tensors[name] if module is None else getattr(module, name)
 
+    def operand(self) -> torch.Tensor:
+        """What forward quantizes, and what gets the gradient."""
+        return self.master
+
     def trained(self) -> torch.Tensor:
         """What is quantized: the part that this process holds, no gradient."""
-        return own_part(self.master).detach()
+        return own_part(self.operand()).detach()
 
     def fake_quantized_weight(self) -> torch.Tensor:
         """What forward multiplies with: bfloat16, no gradient; of a sharded weight, the part this process holds."""

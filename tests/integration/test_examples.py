@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from hf_nvfp4_qat import save_nvfp4, verify_nvfp4
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEED_A_GPU = [f"benchmarks/{name}.py" for name in ("fsdp", "rollout", "train_step", "weight_kernels")]
+NEED_A_GPU = [f"benchmarks/{name}.py" for name in ("fsdp", "pushes", "rollout", "train_step", "weight_kernels")]
 # `make demo` runs the first, which is no miniature.
 RUN_ELSEWHERE = ["demo.py"]
 TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"

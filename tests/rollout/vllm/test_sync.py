@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import load_qat, tiny_llama, tiny_qwen3
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, Phi3Config, Phi3ForCausalLM
 from vllm_engines import (
     ON_GPU,
     PROMPTS,
@@ -187,11 +187,8 @@ def test_matrices_that_are_fused_on_disk_arrive_and_are_compared_whole(tmp_path)
 
 def test_what_vllm_rearranges_arrives_and_is_reported_as_not_compared(tmp_path):
     torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128,
-    )  # fmt: skip
-    path = save(GPTNeoXForCausalLM(config), tmp_path)
+    config = BloomConfig(vocab_size=512, hidden_size=128, n_layer=2, n_head=4)
+    path = save(BloomForCausalLM(config), tmp_path)
     model = load_qat(path, NVFP4QATConfig(exclude=["query_key_value"]))
     engine = empty_engine(path, model)
     for _ in range(2):
@@ -200,7 +197,7 @@ def test_what_vllm_rearranges_arrives_and_is_reported_as_not_compared(tmp_path):
     found = check(engine, model)
     assert found.ok
     assert set(found.not_compared) == {
-        f"gpt_neox.layers.{i}.attention.query_key_value.{name}" for i in range(2) for name in ("weight", "bias")
+        f"transformer.h.{i}.self_attention.query_key_value.{name}" for i in range(2) for name in ("weight", "bias")
     }
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([PROMPTS[0]], device=model.device)).logits[0, -1].log_softmax(-1)
