@@ -2,21 +2,17 @@
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from hf_nvfp4_qat.doctor.findings import Diagnosis
 
 BAD_INPUT = 2
 """Exit code for bad input, and of `verify` for a checkpoint that is not good."""
@@ -84,19 +80,13 @@ def _print_plain(text: str) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def _exit_code(report: "Diagnosis", *, faults: int) -> int:
-    """0 for notes at most, else `faults`."""
-    return 0 if report.ok else faults
-
-
 def _refuse_occupied(destination: Path, overwrite: bool) -> None:
     from hf_nvfp4_qat.formats.files import PARTIAL_SUFFIX
 
     if destination.exists() and not destination.is_dir():
         raise ValueError(f"A checkpoint is a directory; {destination} is a file. Choose another name.")
     if destination.is_dir() and not overwrite:
-        kept = [path for path in destination.iterdir() if path.suffix != PARTIAL_SUFFIX]
-        if kept:
+        if kept := [path for path in destination.iterdir() if path.suffix != PARTIAL_SUFFIX]:
             raise ValueError(
                 f"The destination must be empty, so that nothing is lost; {destination} holds {len(kept)} files. "
                 "Choose another, or add --overwrite."
@@ -114,27 +104,12 @@ def _json(path: Path, kind: type, what: str) -> Any:
     return content
 
 
-def _config(
-    preset: str,
-    exclude: list[str] | None,
-    exclude_from: Path | None,
-    scale_rule: str,
-    num_first: int,
-    num_last: int,
-    activations: str = "bf16",
-) -> Any:
+def _config(exclude: list[str] | None, exclude_from: Path | None, **options: Any) -> Any:
     """The options that several commands share, as an ``NVFP4QATConfig``."""
     from hf_nvfp4_qat.quantizer.config import NVFP4QATConfig
 
     listed = [] if exclude_from is None else _json(exclude_from, list, "a list of modules")
-    return NVFP4QATConfig(
-        preset=preset,
-        exclude=(*(exclude or ()), *listed),
-        scale_rule=scale_rule,
-        bf16_first_layers=num_first,
-        bf16_last_layers=num_last,
-        activations=activations,
-    )
+    return NVFP4QATConfig(exclude=(*(exclude or ()), *listed), **options)
 
 
 @app.command()
@@ -155,7 +130,8 @@ def quantize(
     with _readable_errors(), _progress_bar() as advance:
         from hf_nvfp4_qat.checkpoint.convert import quantize_checkpoint
 
-        config = _config(preset, exclude, exclude_from, scale_rule, bf16_first_layers, bf16_last_layers)
+        layers = {"bf16_first_layers": bf16_first_layers, "bf16_last_layers": bf16_last_layers}
+        config = _config(exclude, exclude_from, preset=preset, scale_rule=scale_rule, **layers)
         _refuse_occupied(destination, overwrite)
         num_layers = quantize_checkpoint(
             source,
@@ -202,7 +178,9 @@ def distill(
         from hf_nvfp4_qat.distillation.run import distill as run
         from hf_nvfp4_qat.distillation.teacher_process import TeacherProcess
 
-        config = _config(preset, exclude, exclude_from, scale_rule, bf16_first_layers, bf16_last_layers, activations)
+        options = {"preset": preset, "scale_rule": scale_rule, "activations": activations}
+        layers = {"bf16_first_layers": bf16_first_layers, "bf16_last_layers": bf16_last_layers}
+        config = _config(exclude, exclude_from, **options, **layers)
         _refuse_occupied(destination, overwrite)
         process = TeacherProcess(teacher or source, device=teacher_device) if teacher_device else None
         try:
@@ -230,7 +208,7 @@ def distill(
     table = Table(title=f"{result.num_tokens:,} tokens, measured on {held_out} sequences held out")
     for column in ("", "loss, nats a token", "KL from the teacher"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("teacher", f"{result.teacher:.4f}", "")
+    table.add_row("teacher", f"{result.teacher:.4f}")
     table.add_row("quantized", f"{result.before:.4f}", f"{result.kl_before:.4f}")
     table.add_row("distilled", f"{result.after:.4f}", f"{result.kl_after:.4f}")
     console.print(table)
@@ -275,8 +253,7 @@ def sensitivity(
             excluded = [module for entry in ranked[:leave_out] for module in entry.modules]
             output.write_text(json.dumps(excluded, indent=2) + "\n", encoding="utf-8")
     if as_json:
-        json.dump([asdict(entry) for entry in ranked], sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        print(json.dumps([asdict(entry) for entry in ranked], indent=2))
         return
     table = Table(title=f"{len(ranked)} groups of layers, each quantized alone")
     table.add_column("layers", no_wrap=True)
@@ -358,7 +335,7 @@ def verify(path: Source) -> None:
 
         report = verify_nvfp4(path)
     _print_plain(str(report))
-    raise typer.Exit(_exit_code(report, faults=BAD_INPUT))  # scripts rely on it
+    raise typer.Exit(0 if report.ok else BAD_INPUT)  # scripts rely on it
 
 
 @app.command()
@@ -384,20 +361,15 @@ def doctor(
         if fixed:
             diagnosis = examine(path, engine=engine, tensor_parallel_size=tensor_parallel_size)
     if as_json:
-        report = {
-            **diagnosis.as_json(),
-            **({"fixed": fixed} if fix else {}),
-            **({"not_fixed": reason} if reason else {}),
-        }
-        json.dump(report, sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        outcome = {**({"fixed": fixed} if fix else {}), **({"not_fixed": reason} if reason else {})}
+        print(json.dumps({**diagnosis.as_json(), **outcome}, indent=2))
     else:
         for change in fixed:
             _print_plain(f"fixed: {change}")
         _print_plain(str(diagnosis))
         if reason:
             _print_plain(printable(f"nothing was fixed: {reason}"))
-    raise typer.Exit(BAD_INPUT if reason else _exit_code(diagnosis, faults=FOUND_FAULTS))
+    raise typer.Exit(BAD_INPUT if reason else 0 if diagnosis.ok else FOUND_FAULTS)
 
 
 @app.command()
@@ -419,8 +391,7 @@ def inspect(
         if plot is not None:
             plot_layers(layers, plot)
     if as_json:
-        json.dump([asdict(layer) for layer in layers], sys.stdout, indent=2)
-        sys.stdout.write("\n")
+        print(json.dumps([asdict(layer) for layer in layers], indent=2))
         return
     table = Table(title=f"{path}: {len(layers)} NVFP4 layers")
     table.add_column("layer", no_wrap=True)

@@ -107,8 +107,8 @@ def ptq_sources(
             scale = partial(scales.__getitem__, layer_of(name))
             sources.append(LinearSource(name, shape, module_names.get(name), read, scale, recipe.scale_rule))
         else:
-            keeps_float32 = is_mixed and not _is_matrix(name, shape)
-            dtype = served_dtype(model, name, _dtype(reader, name), keeps_float32=keeps_float32)
+            is_matrix = len(shape) == 2 or (len(shape) == 3 and "experts" in name)
+            dtype = served_dtype(model, name, _dtype(reader, name), keeps_float32=is_mixed and not is_matrix)
             sources.append(PlainSource(name, shape, module_names.get(name), read, dtype))
     if len(found) != len(selected):
         raise ValueError(
@@ -152,8 +152,7 @@ def quantize_checkpoint(
     with staged_files(destination) as staged:
         write_weights(files, packed_weights(files), staged, progress=partial(progress, "packing"))
         _copy_other_files(reader, staged)
-        config = packed_config(model.config, model=model, sources=sources)
-        staged.write_json(CONFIG_FILE, config)
+        staged.write_json(CONFIG_FILE, packed_config(model.config, model=model, sources=sources))
     return sum(source.is_quantized for source in sources)
 
 
@@ -270,10 +269,6 @@ def _dtype(reader: CheckpointReader, name: str) -> torch.dtype:
             f"Unquantized tensors are copied in a dtype of torch; {name} is stored as {stored}. Convert it first."
         )
     return DTYPES[stored]
-
-
-def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 or (len(shape) == 3 and "experts" in name)
 
 
 def _copy_other_files(reader: CheckpointReader, staged: StagedFiles, *, with_card: bool = False) -> None:

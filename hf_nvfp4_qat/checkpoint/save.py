@@ -1,17 +1,8 @@
-"""Saving: folders that a Trainer resumes from get master weights, everything else gets packed NVFP4.
-
-Transformers' own `save_pretrained` is not enough for a quantized model: it throws the caller's `state_dict` away
-(which FSDP and ZeRO savers depend on), and it would write a packed training checkpoint, from which a resumed run
-silently restarts at its initial weights. So a QAT model has its own ``save_pretrained``.
-"""
+"""Writing a packed checkpoint: which weights go into which file, its config.json, and the files themselves."""
 
 import copy
-import logging
 import os
-import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,17 +20,11 @@ from hf_nvfp4_qat.checkpoint.stream import (
     wrong_tied_settings,
 )
 from hf_nvfp4_qat.distributed.gather import on_main_process, reshard
-from hf_nvfp4_qat.formats.files import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    StagedFiles,
-    replaced_weights,
-    staged_files,
-)
+from hf_nvfp4_qat.formats.files import CONFIG_FILE, INDEX_FILE, StagedFiles, staged_files
 from hf_nvfp4_qat.formats.modelopt import modelopt_config_files, to_modelopt
 from hf_nvfp4_qat.formats.names import SERVED_DTYPE, layer_of, quantization_config
 from hf_nvfp4_qat.modules.swap import qat_weights
-from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
+from hf_nvfp4_qat.sharding.parts import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,9 +32,6 @@ if TYPE_CHECKING:
 SAVE_FORMATS = ("auto", "master", "nvfp4")
 DIALECTS = ("compressed-tensors", "modelopt")
 DEFAULT_SHARD_SIZE = "5GB"
-_HUB_OPTIONS = ("repo_id", "commit_message", "create_pr", "private", "revision", "base_model", "evaluation", "tags")
-
-logger = logging.getLogger(__name__)
 
 
 def save_nvfp4(
@@ -218,143 +200,10 @@ def write_weights(
         staged.write_json(INDEX_FILE, {"metadata": sizes, "weight_map": weight_map})
 
 
-def is_training_checkpoint(directory: str | os.PathLike) -> bool:
-    """Whether a folder has the name a Trainer gives to what it resumes from: ``checkpoint-<int>``."""
-    return re.fullmatch(r"checkpoint-\d+", Path(directory).name) is not None
-
-
-class SavePretrained:
-    """What ``model.save_pretrained`` of a QAT model does.
-
-    ``checkpoint-<int>`` folders hold master weights in their own dtype and no `quantization_config`: ``Trainer``
-    resumes from them to the bit. Every other directory, and ``push_to_hub``, gets the packed checkpoint.
-    `save_format` "master" or "nvfp4" overrides.
-    """
-
-    def __init__(
-        self,
-        model: "PreTrainedModel",
-        *,
-        save_format: str,
-        upstream: Callable[..., Any],
-        publish: Callable[..., Any],
-    ) -> None:
-        """Bind.
-
-        Args:
-            model: whose it is.
-            save_format: of `SAVE_FORMATS`.
-            upstream: the model's ``save_pretrained`` without QAT.
-            publish: called as ``publish_saved`` for `push_to_hub`.
-        """
-        self.model = model
-        self.save_format = save_format
-        self._upstream = upstream
-        self._publish = publish
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        state_dict: dict[str, torch.Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-        variant: str | None = None,
-        token: str | bool | None = None,
-        dialect: str = "compressed-tensors",
-        **kwargs: Any,
-    ) -> None:
-        """As ``PreTrainedModel.save_pretrained``, in the format of the class docstring.
-
-        Args:
-            save_directory: its name decides between master weights and the packed checkpoint.
-            is_main_process: only the main process writes; under DDP give ``rank == 0``, or call on one process. A model
-                sharded by FSDP2 takes all processes to save, if no `state_dict` is given, and the first one writes.
-            state_dict: full master weights by module name; honoured, unlike upstream for quantized models.
-            push_to_hub: also upload the directory; `repo_id` and the like are taken from `kwargs`.
-            max_shard_size: bytes, or a string such as "5GB".
-            variant: as upstream for master weights; a packed checkpoint has none.
-            token, kwargs: as upstream.
-            dialect: of a packed checkpoint, as for ``save_nvfp4``.
-
-        Raises:
-            ValueError: as ``save_nvfp4``, or a `variant` for a packed checkpoint.
-        """
-        resumable = is_training_checkpoint(save_directory)
-        if self.save_format == "master" or (self.save_format == "auto" and resumable):
-            if resumable:
-                # The Trainer resumes with load_state_dict, which knows module names and fused parameters only.
-                kwargs.setdefault("save_original_format", False)
-            kwargs |= {"push_to_hub": push_to_hub, "max_shard_size": max_shard_size, "variant": variant, "token": token}
-            if state_dict is None and is_sharded_model(self.model):
-                on_main_process(partial(self._write_gathered, save_directory, kwargs), _gathered(self.model))
-            else:
-                self._write_masters(save_directory, is_main_process, state_dict, kwargs)
-        elif is_main_process or (state_dict is None and is_sharded_model(self.model)):
-            hub_options = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
-            if kwargs:
-                logger.warning("Saving a packed checkpoint ignores %s.", ", ".join(sorted(kwargs)))
-            if variant is not None:
-                raise ValueError(
-                    f"A packed checkpoint has no variants; got variant={variant!r}. Give it a directory of its own."
-                )
-            files = save_nvfp4(
-                self.model, save_directory, state_dict=state_dict, dialect=dialect, max_shard_size=max_shard_size
-            )
-            if push_to_hub and files:
-                self._publish(self.model, save_directory, files, token=token, **hub_options)
-
-    def _write_gathered(
-        self,
-        directory: str | os.PathLike,
-        options: dict[str, Any],
-        masters: Iterator[tuple[list[str], torch.Tensor]],
-    ) -> list[str]:
-        state_dict = {}
-        for names, weight in masters:
-            state_dict.update(dict.fromkeys(names, weight.cpu()))
-        self._write_masters(directory, True, state_dict, options)
-        return []
-
-    def _write_masters(
-        self,
-        directory: str | os.PathLike,
-        is_main_process: bool,
-        state_dict: dict[str, torch.Tensor] | None,
-        options: dict[str, Any],
-    ) -> None:
-        """As upstream, which leaves older weights that it does not overwrite; a loader may take those."""
-        replaces = is_main_process and options["variant"] is None
-        with _as_unquantized(self.model), replaced_weights(directory) if replaces else nullcontext():
-            self._upstream(directory, is_main_process=is_main_process, state_dict=state_dict, **options)
-
-
-def _gathered(model: "PreTrainedModel") -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Whole master weights one at a time, with the names of each: tied weights stay one."""
-    state_dict = model.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, weight in state_dict.items():
-        names.setdefault(id(weight), []).append(name)
-    return map(lambda same: (same, full_tensor(state_dict[same[0]])), names.values())
-
-
 def is_sharded_model(model: "PreTrainedModel") -> bool:
     """Whether it takes every process to save a QAT model, since each has a part of its weights only."""
     reshard(model)
     return any(is_sharded(weight.master) for weight in qat_weights(model).values())
-
-
-@contextmanager
-def _as_unquantized(model: "PreTrainedModel") -> Iterator[None]:
-    """Let upstream's save_pretrained see a plain model, so that it honours `state_dict` and writes a plain config."""
-    quantizer, config = model.hf_quantizer, model.config.quantization_config
-    model.hf_quantizer = None
-    del model.config.quantization_config
-    try:
-        yield
-    finally:
-        model.hf_quantizer = quantizer
-        model.config.quantization_config = config
 
 
 def _save_remote_code(model: "PreTrainedModel", path: str | os.PathLike) -> list[str]:

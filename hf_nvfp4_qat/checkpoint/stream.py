@@ -28,7 +28,7 @@ from hf_nvfp4_qat.formats.names import SERVED_DTYPE, ignored_in_vllm, layer_of
 from hf_nvfp4_qat.modules.calibration import check_calibrated
 from hf_nvfp4_qat.modules.global_scale import scales_of
 from hf_nvfp4_qat.modules.swap import qat_modules, qat_weights
-from hf_nvfp4_qat.modules.weights import TrainedWeight, refuse_computed_weight
+from hf_nvfp4_qat.modules.weights import refuse_computed_weight
 from hf_nvfp4_qat.numerics.quantize import global_amax, global_decode_scale_of_amax
 from hf_nvfp4_qat.selection.fused_groups import fused_group_key
 from hf_nvfp4_qat.sharding.parts import full_tensor, is_sharded
@@ -67,38 +67,31 @@ def packed_sources(
             refuse_computed_weight(layer_of(name))
     given = state_dict or {}
     scales = shared_scales({layer_of(name): partial(given.__getitem__, name) for name in quantized if name in given})
-    amaxes = {name: _input_amax(name, weight, given) for name, weight in quantized.items()}
-    left_out = {f"{layer_of(name)}.input_amax" for name, amax in amaxes.items() if amax is not None}
+    amaxes: dict[str, Callable[[], Any]] = {}
+    for name, weight in quantized.items():
+        if weight.input_amax is not None:
+            key = f"{layer_of(name)}.input_amax"
+            amaxes[key] = partial(given.__getitem__, key) if key in given else partial(getattr, weight, "input_amax")
     # What a weight is made of beside its master goes with it.
-    left_out |= {f"{layer_of(name)}.{part}" for name, weight in quantized.items() for _, part in weight.places[1:]}
-    tensors = {name: tensor for name, tensor in weights.items() if name not in left_out}
+    parts_of = {f"{layer_of(name)}.{part}" for name, weight in quantized.items() for _, part in weight.places[1:]}
+    tensors = {name: tensor for name, tensor in weights.items() if name not in amaxes and name not in parts_of}
     origins = checkpoint_origins(model, tensors)
     computed = computed_tensors(model, tensors, origins)
     whole = _WholeExperts(weights)
 
-    def packed_source(name: str, module_name: str, parts: tuple[ExpertPart, ...] = ()) -> LinearSource:
-        weight, tensor = quantized[module_name], tensors[module_name]
-        arguments: dict[str, Any] = {
-            "name": name,
-            "shape": tuple(tensor.shape),
-            "module_name": module_name,
-            "read": partial(weights.__getitem__, module_name),
-            "global_decode_scale": partial(getattr, weight, "global_decode_scale")
-            if state_dict is None
-            else partial(scales.__getitem__, layer_of(module_name)),
-            "scale_rule": weight.scale_rule,
-            "input_amax": amaxes[module_name],
-        }
-        if live and not is_sharded(tensor):
-            arguments["read"] = weight.trained
-        if parts:
-            return (ShardedExpertsSource if is_sharded(tensor) else ExpertsSource)(**arguments, parts=parts)
-        return (ShardedSource if is_sharded(tensor) else LinearSource)(**arguments)
+    def packed_source(kinds: tuple[type, type], name: str, module_name: str, *parts: tuple[ExpertPart, ...]) -> Source:
+        weight, tensor, layer = quantized[module_name], tensors[module_name], layer_of(module_name)
+        sharded = is_sharded(tensor)
+        read = weight.trained if live and not sharded else partial(weights.__getitem__, module_name)
+        own_scale = partial(getattr, weight, "global_decode_scale")
+        scale = own_scale if state_dict is None else partial(scales.__getitem__, layer)
+        packing = (read, scale, weight.scale_rule, amaxes.get(f"{layer}.input_amax"))
+        return kinds[sharded](name, tuple(tensor.shape), module_name, *packing, *parts)
 
     parts: dict[str, list[ExpertPart]] = {}
     for part in origins.values():
-        if isinstance(part, ExpertPart) and part.module_name is not None:
-            parts.setdefault(part.module_name, []).append(part)
+        if isinstance(part, ExpertPart):
+            parts.setdefault(part.module_name or "", []).append(part)
     sources: dict[str, Source] = {}
     for name, part in origins.items():
         module_name = part.module_name
@@ -108,24 +101,16 @@ def packed_sources(
             sources[name] = PlainSource(name, tuple(tensor.shape), None, partial(computed.__getitem__, name), dtype)
         elif module_name not in quantized:
             dtype = served_dtype(model, name, tensors[module_name].dtype)
-            if isinstance(part, ExpertPart):
-                read = partial(whole.read, part)
-            else:
-                read = partial(weights.__getitem__, module_name)
+            own = partial(weights.__getitem__, module_name)
+            read = partial(whole.read, part) if isinstance(part, ExpertPart) else own
             sources[name] = PlainSource(name, part.shape, module_name, read, dtype)
         elif not isinstance(part, ExpertPart):
-            sources[name] = packed_source(name, module_name)
+            sources[name] = packed_source((LinearSource, ShardedSource), name, module_name)
         elif module_name not in sources:
-            sources[module_name] = packed_source(module_name, module_name, tuple(parts[module_name]))
+            kinds = (ExpertsSource, ShardedExpertsSource)
+            sources[module_name] = packed_source(kinds, module_name, module_name, tuple(parts[module_name]))
     check_packed_count(list(sources.values()), len({id(weight.master) for weight in quantized.values()}))
     return list(sources.values())
-
-
-def _input_amax(name: str, weight: TrainedWeight, given: Mapping[str, torch.Tensor]) -> Callable[[], Any] | None:
-    if weight.input_amax is None:
-        return None
-    key = f"{layer_of(name)}.input_amax"
-    return partial(given.__getitem__, key) if key in given else partial(getattr, weight, "input_amax")
 
 
 def make_ready(model: nn.Module, *, refresh: bool = True) -> None:

@@ -55,8 +55,7 @@ def apply_gather_mode(model: nn.Module, mode: str) -> None:
             raise
         logger.warning("QAT weights are gathered whole and fake-quantized in forward. %s", error)
     else:
-        log = logger.warning if report.left_out else logger.info
-        log("%s.", report)
+        logger.log(logging.WARNING if report.left_out else logging.INFO, "%s.", report)
 
 
 def unwrapped(model: Any) -> nn.Module:

@@ -62,15 +62,11 @@ def check_config(config: dict[str, Any]) -> Iterator[Finding]:
         is_other = f"; it is {quantization.get('quant_method')} / {quantization.get('format')}" if quantization else ""
         rule = "other-format" if quantization else "no-quantization-config"
         yield found(rule, CONFIG_FILE, f"quantization_config is not {QUANT_METHOD} / {FORMAT}{is_other}")
-    elif quantization.get("quantization_status") != "compressed":
+        return
+    if quantization.get("quantization_status") != "compressed":
         message = "quantization_status must be 'compressed' for Transformers to unpack"
         yield found("status-not-compressed", CONFIG_FILE, message, fixable=True)
-    if is_nvfp4_config(quantization):
-        yield from _check_groups(quantization.get("config_groups"))
-
-
-def _check_groups(groups: Any) -> Iterator[Finding]:
-    """`config_groups` describes NVFP4 weights, and names layers that have them."""
+    groups = quantization.get("config_groups")
     if not groups or not isinstance(groups, dict):
         yield found("bad-group", CONFIG_FILE, "`config_groups` names no layers")
         return
@@ -172,11 +168,8 @@ def _check_layer_parts(layer: str, layouts: dict[str, tuple[str, tuple[int, ...]
         return
     _, codes_shape = layouts[f"{layer}.{PACKED}"]
     if len(codes_shape) != 2 or 0 in codes_shape or codes_shape[1] % (BLOCK_SIZE // 2):
-        yield found(
-            "wrong-layout",
-            layer,
-            f"{PACKED} is {_shown(codes_shape)}; codes are [N, K / 2] with K divisible by {BLOCK_SIZE}",
-        )
+        message = f"{PACKED} is {_shown(codes_shape)}; codes are [N, K / 2] with K divisible by {BLOCK_SIZE}"
+        yield found("wrong-layout", layer, message)
         return
     weight_shape = (codes_shape[0], 2 * codes_shape[1])
     for name, (dtype, shape) in checkpoint_layout(layer, weight_shape, quantizes_input=True).items():
@@ -184,12 +177,8 @@ def _check_layer_parts(layer: str, layouts: dict[str, tuple[str, tuple[int, ...]
         stored, stored_shape = layouts.get(name, (_STORED_AS[dtype], shape))
         is_right = stored_shape == shape or (shape == (1,) and stored_shape == ())
         if stored != _STORED_AS[dtype] or not is_right:
-            yield found(
-                "wrong-layout",
-                layer,
-                f"an NVFP4 weight {_shown(weight_shape)} needs `{part}` as {_STORED_AS[dtype]} {_shown(shape)}; "
-                f"it is {stored} {_shown(stored_shape)}",
-            )
+            needed = f"an NVFP4 weight {_shown(weight_shape)} needs `{part}` as {_STORED_AS[dtype]} {_shown(shape)}"
+            yield found("wrong-layout", layer, f"{needed}; it is {stored} {_shown(stored_shape)}")
 
 
 def _shown(shape: tuple[int, ...]) -> str:
@@ -216,14 +205,8 @@ def check_values(reader: CheckpointReader, layers: list[str]) -> list[Finding]:
         findings += _check_group(group)
     facts_of = [facts for group in groups.values() for facts in group.values()]
     if num_other := sum(torch.frexp(torch.tensor(f.global_decode_scale)).mantissa.item() != 0.5 for f in facts_of):
-        findings.append(
-            found(
-                "other-tools-scale",
-                "global scales",
-                f"{num_other} layers have a global scale that is no power of two: another tool's; training it again "
-                "moves its values a little",
-            )
-        )
+        message = f"{num_other} layers have a global scale that is no power of two: another tool's; training it again "
+        findings.append(found("other-tools-scale", "global scales", f"{message}moves its values a little"))
     if num_zeros := sum(facts.num_negative_zeros for facts in facts_of):
         findings.append(found("negative-zero", "codes", f"{num_zeros} codes are negative zero: another tool's"))
     return findings
@@ -240,10 +223,8 @@ def _check_group(group: dict[str, ScaleFacts]) -> Iterator[Finding]:
         elif facts.largest is not None:
             magnitude = E2M1_MAX * facts.largest * facts.global_decode_scale
             if not _PLAUSIBLE[0] < magnitude < _PLAUSIBLE[1]:
-                message = (
-                    f"decodes to magnitudes of {magnitude:.1e}: is its global scale a reciprocal of the right one?"
-                )
-                yield found("implausible-scale", layer, message)
+                question = "is its global scale a reciprocal of the right one?"
+                yield found("implausible-scale", layer, f"decodes to magnitudes of {magnitude:.1e}: {question}")
         if facts.num_bad:
             yield found("bad-block-scale", layer, f"{facts.num_bad} block scales are NaN or negative")
         if facts.num_zero:
@@ -260,12 +241,8 @@ def _check_group(group: dict[str, ScaleFacts]) -> Iterator[Finding]:
             message = f"{facts.num_subnormal} block scales are subnormal; Marlin reads them as zero"
             yield found("subnormal-block-scale", layer, message, fixable=is_fixable)
         if facts.global_decode_scale != first_facts.global_decode_scale and facts.has_good_global_scale:
-            yield found(
-                "unshared-scale",
-                layer,
-                f"vLLM fuses it with {first}, but their global scales differ",
-                fixable=is_fixable,
-            )
+            message = f"vLLM fuses it with {first}, but their global scales differ"
+            yield found("unshared-scale", layer, message, fixable=is_fixable)
 
 
 def check_architecture(

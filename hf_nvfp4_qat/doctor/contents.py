@@ -7,6 +7,7 @@ against the file before anything is allocated.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,12 +70,12 @@ def read_contents(directory: Path) -> Contents:
         )
     if is_unfinished(directory):
         contents.add("unfinished-repair", "weights", "a repair was interrupted while it renamed", fixable=True)
-    contents.config = _read_config(contents)
+    if (directory / CONFIG_FILE).exists():
+        contents.config = _read(contents, CONFIG_FILE)
+    else:
+        contents.add("no-config", CONFIG_FILE, "there is none")
     if has_index:
-        try:
-            contents.weight_map = read_weight_map(directory / INDEX_FILE)
-        except ValueError as error:
-            contents.add("bad-json", INDEX_FILE, str(error))
+        contents.weight_map = _read(contents, INDEX_FILE, read_weight_map)
     shards = _shards(contents, present)
     num_before = len(contents.findings)
     holders = _holders(contents, shards)
@@ -86,15 +87,12 @@ def read_contents(directory: Path) -> Contents:
     return contents
 
 
-def _read_config(contents: Contents) -> dict[str, Any] | None:
-    path = contents.directory / CONFIG_FILE
-    if not path.exists():
-        contents.add("no-config", CONFIG_FILE, "there is none")
-        return None
+def _read(contents: Contents, name: str, read: Callable[[Path], dict] = read_json_object) -> dict[str, Any] | None:
+    """The content of a JSON file; None if it is damaged, which is noted."""
     try:
-        return read_json_object(path)
+        return read(contents.directory / name)
     except ValueError as error:
-        contents.add("bad-json", CONFIG_FILE, str(error))
+        contents.add("bad-json", name, str(error))
         return None
 
 
@@ -175,16 +173,12 @@ def _check_index(contents: Contents, has_index: bool, is_whole: bool) -> None:
 
 
 def _check_other_files(contents: Contents) -> None:
-    partial = [path.name for path in contents.directory.iterdir() if path.name.endswith(PARTIAL_SUFFIX)]
-    if partial and not is_unfinished(contents.directory):
-        for name in sorted(partial):
-            contents.add("partial-files", name, "left by a save that did not finish")
+    if not is_unfinished(contents.directory):
+        for path in sorted(contents.directory.glob(f"*{PARTIAL_SUFFIX}")):
+            contents.add("partial-files", path.name, "left by a save that did not finish")
     for name in _OTHER_JSON:
         if (contents.directory / name).exists():
-            try:
-                read_json_object(contents.directory / name)
-            except ValueError as error:
-                contents.add("bad-json", name, str(error))
+            _read(contents, name)
     if not any((contents.directory / name).exists() for name in TOKENIZERS):
         contents.add("no-tokenizer", "tokenizer", "there is none beside the weights")
 

@@ -64,6 +64,8 @@ def check_kept_out(
         model: on the meta device; None if the architecture is not known.
     """
     is_tied = setting(config, "tie_word_embeddings") is True
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    targets = [target for group in groups.values() for target in group.get("targets") or []]
     by_structure = {} if model is None else _reasons_by_structure(reader, model)
     for layer in readable:
         reason = by_structure.get(layer) or reason_by_name(layer)
@@ -84,7 +86,7 @@ def check_kept_out(
             if is_tied or f"{layer}.weight" in tied_names:
                 rule = "tied-lm-head"
                 message = "packed, though it is tied to the input embedding: some engines serve the one, some the other"
-            elif isinstance(reader, ModelOptReader) or _is_target(layer, config):
+            elif isinstance(reader, ModelOptReader) or names_matching([layer], targets):
                 rule, severity = "quantized-lm-head", "warning"
                 message = "packed: vLLM 0.31 reads that, older versions do not, and it costs more than other layers"
             else:
@@ -123,9 +125,8 @@ def check_names_in_vllm(reader: CheckpointReader, layers: list[str], config: dic
     for layer, entry in ignored_in_vllm(matrices, layers).items():
         name = "model.layers.0.mixer." + layer.rpartition(".")[2]
         if not _is_in_mamba_1(reader, layer) and not names_matching([name], entries):
-            yield found(
-                "vllm-name", layer, f"not packed, and vLLM builds it under a name that takes {entry!r} in `ignore`"
-            )
+            message = f"not packed, and vLLM builds it under a name that takes {entry!r} in `ignore`"
+            yield found("vllm-name", layer, message)
 
 
 def check_plain_loading(
@@ -146,12 +147,6 @@ def check_plain_loading(
         yield found("plain-loading", path, f"plain Transformers fails on it: {reason}", severity=severity)
 
 
-def _is_target(layer: str, config: dict[str, Any]) -> bool:
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    targets = [target for group in groups.values() for target in group.get("targets") or []]
-    return bool(names_matching([layer], targets))
-
-
 def check_experts(reader: CheckpointReader, config: dict[str, Any]) -> Iterator[Finding]:
     """The experts of a layer are numbered from 0, all there, and have the same tensors each."""
     layers: dict[str, dict[int, set[str]]] = {}
@@ -161,8 +156,7 @@ def check_experts(reader: CheckpointReader, config: dict[str, Any]) -> Iterator[
     configured = setting(config, *_NUM_EXPERTS)
     for layer, experts in layers.items():
         expected = configured if isinstance(configured, int) and configured > 0 else max(experts) + 1
-        num_missing = expected - sum(number < expected for number in experts)
-        if num_missing:
+        if num_missing := expected - sum(number < expected for number in experts):
             first = next(number for number in range(len(experts) + 1) if number not in experts)
             message = f"{num_missing} of {expected} experts are not there, the first {first}"
             yield found("missing-expert", layer, message)
@@ -199,9 +193,8 @@ def check_inputs(reader: CheckpointReader, readable: list[str], config: dict[str
             if not math.isfinite(scale) or scale <= 0:
                 yield found("bad-input-scale", layer, f"the scale of its inputs, {scale}, is not finite and positive")
             elif layer not in with_inputs and not OF_AN_EXPERT.fullmatch(layer):  # of experts vLLM waits for one anyway
-                yield found(
-                    "unused-input-scale", layer, "has a scale for its inputs, which config.json leaves in 16 bits"
-                )
+                message = "has a scale for its inputs, which config.json leaves in 16 bits"
+                yield found("unused-input-scale", layer, message)
         elif layer in with_inputs:
             message = f"no {INPUT_GLOBAL_SCALE}, though inputs are NVFP4: vLLM reads whatever is in memory, or a zero"
             yield found("missing-input-scale", layer, message)
@@ -254,10 +247,9 @@ def check_targets(reader: CheckpointReader, quantization: dict[str, Any], packed
     schemes = {name: {**group, "targets": None} for name, group in groups.items()}
     orders = (named, sorted(named, key=lambda entry: (entry[0].startswith("re:"), entry[0])))
     for layer in sorted(layers):
-        by_engine = [next((name for target, name in order if layer in matching[target]), "") for order in orders]
         if len({name for target, name in named if layer in matching[target]}) < 2:
             continue
-        vllm, transformers = by_engine
+        vllm, transformers = (next(name for target, name in order if layer in matching[target]) for order in orders)
         if schemes[vllm] != schemes[transformers]:
             message = f"vLLM takes it for one of `{vllm}`, Transformers for one of `{transformers}`"
             yield found("overlapping-targets", layer, message)

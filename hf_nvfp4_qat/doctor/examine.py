@@ -102,6 +102,10 @@ class Examination:
     model: PreTrainedModel | None = None
     findings: list[Finding] = field(default_factory=list)
 
+    def add(self, rule: str, where: str, message: str) -> None:
+        """Note a finding."""
+        self.findings.append(found(rule, where, message))
+
     def shapes(self) -> Shapes:
         """``(N, K)`` of the packed layers that can be read."""
         return {layer: weight_shape(self.reader, layer) for layer in self.readable}
@@ -132,14 +136,10 @@ def examine(path: str | os.PathLike, *, engine: str | None = None, tensor_parall
             findings += check_plain_loading(examination.reader, examination.layers, examination.model, engine)
     if tensor_parallel_size > 1:
         findings += check_tensor_parallel(shapes, examination.contents.config, tensor_parallel_size)
-    return Diagnosis(
-        examination.contents.directory,
-        examination.reader.dialect if examination.layers else None,
-        engine,
-        len(examination.layers),
-        len(examination.contents.file_of),
-        tuple(fold(finding for finding in findings if finding.concerns(engine))),
-    )
+    dialect = examination.reader.dialect if examination.layers else None
+    sizes = (len(examination.layers), len(examination.contents.file_of))
+    folded = fold(finding for finding in findings if finding.concerns(engine))
+    return Diagnosis(examination.contents.directory, dialect, engine, *sizes, tuple(folded))
 
 
 def look_at(directory: Path) -> Examination:
@@ -161,7 +161,7 @@ def look_at(directory: Path) -> Examination:
     examination.findings += findings
     if is_mixed:
         message = f"says that formats are mixed; only the {len(examination.layers)} layers in NVFP4 were examined"
-        examination.findings.append(found("mixed-precision", CONFIG_FILE, message))
+        examination.add("mixed-precision", CONFIG_FILE, message)
     else:
         examination.config = _checked_config(examination)
     examination.findings += check_values(reader, examination.readable)
@@ -176,7 +176,7 @@ def look_at(directory: Path) -> Examination:
             quantization = (contents.config or {}).get("quantization_config") or {}
             examination.findings += check_targets(reader, quantization, examination.layers)
         except (ValueError, TypeError, AttributeError) as error:
-            examination.findings.append(found("bad-config", CONFIG_FILE, f"`config_groups` cannot be read: {error}"))
+            examination.add("bad-config", CONFIG_FILE, f"`config_groups` cannot be read: {error}")
     examination.findings = _without_consequences(contents, examination.findings)
     rules = {finding.rule for finding in examination.findings}
     examination.findings = [
@@ -226,11 +226,9 @@ def _is_mixed(contents: Contents) -> bool:
 def _reader(contents: Contents) -> CheckpointReader:
     """For either dialect, by what config.json says or, if it says nothing, by the names of the tensors."""
     says_modelopt = is_modelopt(contents.directory, contents.config or {})
-    says_nothing = not (contents.config or {}).get("quantization_config")
-    reader = (
-        ModelOptReader if says_modelopt or (says_nothing and has_modelopt_names(contents.file_of)) else CheckpointReader
-    )
-    return reader(contents.directory, contents.file_of)
+    if not (contents.config or {}).get("quantization_config"):
+        says_modelopt |= has_modelopt_names(contents.file_of)
+    return (ModelOptReader if says_modelopt else CheckpointReader)(contents.directory, contents.file_of)
 
 
 def _checked_config(examination: Examination) -> dict[str, Any] | None:
@@ -240,11 +238,11 @@ def _checked_config(examination: Examination) -> dict[str, Any] | None:
         return None
     if not examination.layers and not contents.config.get("quantization_config"):
         message = "not one tensor is packed, and config.json does not say so either: this is no NVFP4 checkpoint"
-        examination.findings.append(found("nothing-packed", CONFIG_FILE, message))
+        examination.add("nothing-packed", CONFIG_FILE, message)
         return None
     says_modelopt = is_modelopt(contents.directory, contents.config)
     if problem := dialect_conflict(contents.config, contents.file_of, says_modelopt=says_modelopt):
-        examination.findings.append(found("dialect-mismatch", CONFIG_FILE, problem))
+        examination.add("dialect-mismatch", CONFIG_FILE, problem)
         return None
     try:
         config = reader.config()
@@ -255,18 +253,17 @@ def _checked_config(examination: Examination) -> dict[str, Any] | None:
                 _refuse_odd_types(written)
         examination.findings += check_config(config)
     except ValueError as error:
-        rule = "other-format" if is_modelopt(contents.directory, contents.config) else "bad-config"
-        examination.findings.append(found(rule, CONFIG_FILE, str(error)))
+        examination.add("other-format" if says_modelopt else "bad-config", CONFIG_FILE, str(error))
         return None
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         # Whoever reads a field of another type than all tools write fails like this.
         message = f"a field has a type that it never has ({type(error).__name__}: {error})"
-        examination.findings.append(found("bad-config", CONFIG_FILE, message))
+        examination.add("bad-config", CONFIG_FILE, message)
         return None
     if not is_nvfp4_config(config.get("quantization_config")):
         return None
     if not examination.layers:
-        examination.findings.append(found("nothing-packed", CONFIG_FILE, "says NVFP4, but not one tensor is packed"))
+        examination.add("nothing-packed", CONFIG_FILE, "says NVFP4, but not one tensor is packed")
     examination.findings += _check_dtype(examination, config)
     examination.findings += _check_legacy_config(contents)
     return config
@@ -293,9 +290,8 @@ def _check_dtype(examination: Examination, config: dict[str, Any]) -> Iterator[F
 def _check_legacy_config(contents: Contents) -> Iterator[Finding]:
     """Of ModelOpt's two places for the same, engines read the one or the other."""
     quantization = (contents.config or {}).get("quantization_config")
-    if not (contents.directory / HF_QUANT_CONFIG).exists() or not is_modelopt(
-        contents.directory, contents.config or {}
-    ):
+    is_here = (contents.directory / HF_QUANT_CONFIG).exists()
+    if not is_here or not is_modelopt(contents.directory, contents.config or {}):
         return
     try:
         legacy = read_json_object(contents.directory / HF_QUANT_CONFIG).get("quantization")
@@ -312,8 +308,7 @@ def _check_legacy_config(contents: Contents) -> Iterator[Finding]:
         if isinstance(said, list) and isinstance(there, list):
             said, there = sorted(map(str, said)), sorted(map(str, there))
         if there != said:
-            message = f"{key} is another than config.json has"
-            yield found("configs-disagree", HF_QUANT_CONFIG, message, fixable=True)
+            yield found("configs-disagree", HF_QUANT_CONFIG, f"{key} is another than config.json has", fixable=True)
 
 
 def _examine_by_config(examination: Examination, config: dict[str, Any]) -> None:
@@ -323,13 +318,13 @@ def _examine_by_config(examination: Examination, config: dict[str, Any]) -> None
         examination.model, against_model = _compare(examination, config)
         examination.findings += against_model
     except CannotBuildError as error:
-        examination.findings.append(found("bad-config", CONFIG_FILE, str(error)))
+        examination.add("bad-config", CONFIG_FILE, str(error))
     except ValueError as error:
-        examination.findings.append(found("not-compared", "architecture", f"not compared with it: {error}"))
+        examination.add("not-compared", "architecture", f"not compared with it: {error}")
         try:
             examination.findings += check_ignore_by_name(reader, layers)
         except ValueError as bad_pattern:
-            examination.findings.append(found("bad-config", CONFIG_FILE, str(bad_pattern)))
+            examination.add("bad-config", CONFIG_FILE, str(bad_pattern))
     examination.findings += check_experts(reader, config)
     examination.findings += check_excludes(reader, layers)
     try:
@@ -337,7 +332,7 @@ def _examine_by_config(examination: Examination, config: dict[str, Any]) -> None
         examination.findings += check_names_in_vllm(reader, layers, config)
         examination.findings += check_inputs(reader, examination.readable, config)
     except ValueError as bad_pattern:
-        examination.findings.append(found("bad-config", CONFIG_FILE, str(bad_pattern)))
+        examination.add("bad-config", CONFIG_FILE, str(bad_pattern))
 
 
 def _compare(examination: Examination, config: dict[str, Any]) -> tuple[PreTrainedModel, list[Finding]]:

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from hf_nvfp4_qat.checkpoint.skeleton import linear_weights, tied_heads
 from hf_nvfp4_qat.doctor.checks import TEXT_CONFIGS
 from hf_nvfp4_qat.doctor.examine import Examination, look_at
-from hf_nvfp4_qat.doctor.findings import Finding
 from hf_nvfp4_qat.formats.files import (
     CONFIG_FILE,
     FLOATING,
@@ -99,7 +98,9 @@ def repair(path: str | os.PathLike) -> list[str]:
     examination = look_at(directory)
     plan = _plan(examination)
     configs, done = _configs(examination, plan)
-    weights = _changed_files(examination, plan)
+    file_of = examination.reader.file_of
+    changed = {f"{layer}.{part}" for layer in plan.exponents for part in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE)}
+    weights = sorted({file_of[name] for name in changed | packed_tensors(plan.decoded) if name in file_of})
     if weights or configs:
         if weights and CONFIG_FILE not in configs and examination.contents.config is not None:
             # Written again as it is: while it is away nothing loads shards that do not belong together.
@@ -109,14 +110,18 @@ def repair(path: str | os.PathLike) -> list[str]:
                 _write_shard(examination, plan, file, staged)
             for name, content in configs.items():
                 staged.write_json(name, content)
-    return [*changes, *_tensor_changes(plan), *done]
+    if plan.exponents:
+        changes.append(f"moved powers of two between the scales of {_listed(plan.exponents)}")
+    if plan.decoded:
+        changes.append(f"decoded to bfloat16: {_listed(plan.decoded)}")
+    return [*changes, *done]
 
 
 def _plan(examination: Examination) -> _Plan:
     fixable = [finding for finding in examination.findings if finding.fixable]
-    plan = _Plan(rules={finding.rule for finding in fixable})
-    plan.decoded = _places(fixable, _DECODED)
-    groups = {always_fused_key(layer) for layer in _places(fixable, _RESCALED)}
+    decoded = dict.fromkeys(finding.where for finding in fixable if finding.rule in _DECODED)
+    plan = _Plan(decoded=list(decoded), rules={finding.rule for finding in fixable})
+    groups = {always_fused_key(finding.where) for finding in fixable if finding.rule in _RESCALED}
     members: dict[str, dict[str, ScaleFacts]] = {}
     for layer in examination.readable:
         if (key := always_fused_key(layer)) in groups and layer not in plan.decoded:
@@ -126,30 +131,9 @@ def _plan(examination: Examination) -> _Plan:
     return plan
 
 
-def _places(findings: Iterable[Finding], rules: tuple[str, ...]) -> list[str]:
-    return list(dict.fromkeys(finding.where for finding in findings if finding.rule in rules))
-
-
-def _tensor_changes(plan: _Plan) -> list[str]:
-    changes = []
-    if plan.exponents:
-        changes.append(f"moved powers of two between the scales of {_listed(plan.exponents)}")
-    if plan.decoded:
-        changes.append(f"decoded to bfloat16: {_listed(plan.decoded)}")
-    return changes
-
-
 def _listed(names: Iterable[str]) -> str:
     names = [printable(name) for name in names]
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _changed_files(examination: Examination, plan: _Plan) -> list[str]:
-    """Files that hold a tensor which changes."""
-    file_of = examination.reader.file_of
-    names = {f"{layer}.{part}" for layer in plan.exponents for part in (BLOCK_SCALE, GLOBAL_ENCODE_SCALE)}
-    names |= packed_tensors(plan.decoded)
-    return sorted({file_of[name] for name in names if name in file_of})
 
 
 def _write_shard(examination: Examination, plan: _Plan, file: str, staged: StagedFiles) -> None:
@@ -175,8 +159,7 @@ def _write_shard(examination: Examination, plan: _Plan, file: str, staged: Stage
                 del tensors[reader.name_in_file(name)]
         if reader.file_of[f"{layer}.{PACKED}"] == file:
             tensors[f"{layer}.weight"] = from_checkpoint(layer, reader.get_tensor).dequantize(SERVED_DTYPE)
-    metadata = shift_exact_scales(metadata, stored_exponents)
-    save_file(tensors, staged.path(file), metadata=metadata)
+    save_file(tensors, staged.path(file), metadata=shift_exact_scales(metadata, stored_exponents))
 
 
 def _configs(examination: Examination, plan: _Plan) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -201,7 +184,12 @@ def _configs(examination: Examination, plan: _Plan) -> tuple[dict[str, dict[str,
     legacy = _legacy_config(contents.directory) if isinstance(examination.reader, ModelOptReader) else None
     if "ignore-mismatch" in plan.rules or _linear_again(plan):
         ignore = _ignore(examination, plan)
-        _put_ignore(config, legacy, ignore)
+        if isinstance(quantization.get("quantization"), dict):
+            quantization["quantization"]["exclude_modules"] = ignore
+        elif quantization:
+            quantization["ignore"] = ignore
+        if legacy is not None and isinstance(legacy.get("quantization"), dict):
+            legacy["quantization"]["exclude_modules"] = ignore
         done.append(f"`ignore` written anew, {len(ignore)} entries")
     if "configs-disagree" in plan.rules and legacy is not None:
         known = legacy.get("quantization")
@@ -265,14 +253,3 @@ def _ignore(examination: Examination, plan: _Plan) -> list[str]:
     stood_for = {layer_of(name) for name in names if name.endswith(".weight") and layer_of(name) not in packed}
     needed |= names_matching(stood_for, [entry for entry in entries if entry not in kept])
     return sorted({*kept, *(needed - names_matching(needed, kept))})
-
-
-def _put_ignore(config: dict[str, Any], legacy: dict[str, Any] | None, ignore: list[str]) -> None:
-    """Into every place where a dialect keeps it."""
-    quantization = config.get("quantization_config") or {}
-    if isinstance(quantization.get("quantization"), dict):
-        quantization["quantization"]["exclude_modules"] = ignore
-    elif quantization:
-        quantization["ignore"] = ignore
-    if legacy is not None and isinstance(legacy.get("quantization"), dict):
-        legacy["quantization"]["exclude_modules"] = ignore

@@ -40,16 +40,10 @@ def verify_nvfp4(path: str | os.PathLike, model: PreTrainedModel | None = None) 
         differing = list(_differences(reader, model))
         num_compared = len(set(reader.names) - {finding.where for finding in differing})
         findings += differing
-    return Diagnosis(
-        reader.directory,
-        reader.dialect if layers else None,
-        None,
-        len(layers),
-        len(reader.names),
-        # What is to be repaired is asked of ``examine``, which knows what else is wrong.
-        tuple(replace(finding, fixable=False) for finding in findings),
-        num_compared,
-    )
+    # What is to be repaired is asked of ``examine``, which knows what else is wrong.
+    found_here = tuple(replace(finding, fixable=False) for finding in findings)
+    dialect = reader.dialect if layers else None
+    return Diagnosis(reader.directory, dialect, None, len(layers), len(reader.names), found_here, num_compared)
 
 
 def _check(reader: CheckpointReader, layers: list[str]) -> Iterator[Finding]:
@@ -84,9 +78,8 @@ def _differences(reader: CheckpointReader, model: PreTrainedModel) -> Iterator[F
             same = stored.dtype == tensor.dtype and stored.shape == tensor.shape
             # Compared as bytes: float8 has no equality of its own, and bit for bit is the promise. Flat: a tensor
             # without dims has no bytes to view.
-            if not same or not torch.equal(
-                stored.view(-1).view(torch.uint8), tensor.cpu().reshape(-1).view(torch.uint8)
-            ):
+            both = (each.reshape(-1).view(torch.uint8) for each in (stored, tensor.cpu()))
+            if not same or not torch.equal(*both):
                 yield found("another-model", name, "differs from the model's")
     for name in sorted(names):
         yield found("another-model", name, "the checkpoint has it, the model does not")

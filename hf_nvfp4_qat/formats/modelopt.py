@@ -94,55 +94,12 @@ def from_modelopt(reader: "ModelOptReader", names: Sequence[str]) -> tuple[dict[
     return tensors, _with_exact_scales(reader.metadata(names[0]), exact)
 
 
-def _modelopt_quantization(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[str, Any]:
-    """The `quantization_config` of the same checkpoint in ModelOpt's dialect.
-
-    Args:
-        config: that of a packed checkpoint here.
-        unpacked: checkpoint names of the layers with a matrix that is not packed; patterns in `ignore` stand for these.
-
-    Raises:
-        ValueError: several groups, transforms, or a cache that is quantized to something other than FP8.
-    """
-    groups = config.get("config_groups") or {}
-    if len(groups) != 1 or config.get("transform_config"):
-        raise ValueError(
-            f"ModelOpt's dialect is written for one NVFP4 recipe; this checkpoint has {len(groups)} config groups"
-            f"{' and transforms' if config.get('transform_config') else ''}. It can only stay as it is."
-        )
-    group = next(iter(groups.values()))
-    cache = config.get("kv_cache_scheme")
-    if cache and (cache.get("num_bits"), cache.get("type")) != (8, "float"):
-        raise ValueError(
-            f"ModelOpt's dialect is written with an FP8 cache or none; kv_cache_scheme is {cache}. It can only stay "
-            "as it is."
-        )
-    numbers = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
-    ignore = config.get("ignore") or []
-    observer = {name: group["weights"][name] for name in ("observer_kwargs",) if group["weights"].get(name)}
-    inputs = {"input_activations": numbers} if group.get("input_activations") else {}
-    return {
-        "quant_method": QUANT_METHOD,
-        "quant_algo": "NVFP4" if inputs else "W4A16_NVFP4",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**numbers, **observer}, **inputs}},
-        "ignore": _spelled_out(ignore, names_matching(unpacked, ignore) | _mixers(ignore)),
-        "producer": {"name": "hf_nvfp4_qat", "version": __version__},
-        **({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if cache else {}),
-    }
-
-
 def legacy_settings(quantization: dict[str, Any]) -> dict[str, Any]:
     """What hf_quant_config.json has to say for a `quantization_config` in ModelOpt's dialect."""
-    groups = quantization.get("config_groups") or {}
-    sizes = [
-        group["weights"]["group_size"] for group in groups.values() if "group_size" in (group.get("weights") or {})
-    ]
-    found_sizes = {"group_size": sizes[0]} if sizes else {}
-    return {
-        "quant_algo": quantization.get("quant_algo"),
-        "exclude_modules": quantization.get("ignore") or [],
-        **found_sizes,
-    }
+    weights = [group.get("weights") or {} for group in (quantization.get("config_groups") or {}).values()]
+    sizes = [{"group_size": of_group["group_size"]} for of_group in weights if "group_size" in of_group]
+    excluded = quantization.get("ignore") or []
+    return {"quant_algo": quantization.get("quant_algo"), "exclude_modules": excluded, **(sizes or [{}])[0]}
 
 
 def modelopt_config_files(config: Mapping[str, Any], *, unpacked: list[str]) -> dict[str, dict[str, Any]]:
@@ -150,19 +107,41 @@ def modelopt_config_files(config: Mapping[str, Any], *, unpacked: list[str]) -> 
 
     Args:
         config: the config.json of a packed checkpoint here.
-        unpacked: as for ``_modelopt_quantization``.
+        unpacked: checkpoint names of the layers with a matrix that is not packed; patterns in `ignore` stand for these.
 
     Raises:
-        ValueError: as ``_modelopt_quantization``.
+        ValueError: several groups, transforms, or a cache that is quantized to something other than FP8.
     """
-    quantization = _modelopt_quantization(config["quantization_config"], unpacked=unpacked)
-    legacy = {
-        "producer": quantization["producer"],
-        "quantization": {
-            **legacy_settings(quantization),
-            "kv_cache_quant_algo": "FP8" if quantization.get("kv_cache_scheme") else None,
-        },
+    ours = config["quantization_config"]
+    groups = ours.get("config_groups") or {}
+    if len(groups) != 1 or ours.get("transform_config"):
+        raise ValueError(
+            f"ModelOpt's dialect is written for one NVFP4 recipe; this checkpoint has {len(groups)} config groups"
+            f"{' and transforms' if ours.get('transform_config') else ''}. It can only stay as it is."
+        )
+    group = next(iter(groups.values()))
+    cache = ours.get("kv_cache_scheme")
+    if cache and (cache.get("num_bits"), cache.get("type")) != (8, "float"):
+        raise ValueError(
+            f"ModelOpt's dialect is written with an FP8 cache or none; kv_cache_scheme is {cache}. It can only stay "
+            "as it is."
+        )
+    numbers = {"num_bits": 4, "type": "float", "group_size": BLOCK_SIZE, "dynamic": False}
+    ignore = ours.get("ignore") or []
+    observer = {name: group["weights"][name] for name in ("observer_kwargs",) if group["weights"].get(name)}
+    inputs = {"input_activations": numbers} if group.get("input_activations") else {}
+    named = names_matching(unpacked, ignore)
+    named |= {f"mixer.{match[1]}" for entry in ignore if (match := _MIXER_IN_VLLM.fullmatch(entry))}
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "quant_algo": "NVFP4" if inputs else "W4A16_NVFP4",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**numbers, **observer}, **inputs}},
+        "ignore": _spelled_out(ignore, named),
+        "producer": {"name": "hf_nvfp4_qat", "version": __version__},
+        **({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if cache else {}),
     }
+    details = {**legacy_settings(quantization), "kv_cache_quant_algo": "FP8" if cache else None}
+    legacy = {"producer": quantization["producer"], "quantization": details}
     return {HF_QUANT_CONFIG: legacy, CONFIG_FILE: {**config, "quantization_config": quantization}}
 
 
@@ -361,12 +340,8 @@ def _stored_config(config: Mapping[str, Any], reader: CheckpointReader) -> dict[
 
 
 _MIXER = re.compile(r"^mixer\.(\w+)$")
-"""An entry of ``ignored_in_vllm`` here, where a part of a name is enough."""
-
-
-def _mixers(entries: list[str]) -> set[str]:
-    found = [re.fullmatch(r"re:\.\*mixer\[\.\](\w+)\$", entry) for entry in entries]
-    return {f"mixer.{match[1]}" for match in found if match}
+_MIXER_IN_VLLM = re.compile(r"re:\.\*mixer\[\.\](\w+)\$")
+"""An entry of ``ignored_in_vllm``; `_MIXER` says the same where a part of a name is enough."""
 
 
 def _spelled_out(entries: list[str], named: set[str]) -> list[str]:

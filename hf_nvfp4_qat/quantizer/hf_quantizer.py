@@ -69,7 +69,13 @@ class NVFP4QATHfQuantizer(HfQuantizer):
             if layer.input_amax is not None:
                 loaded = layer.input_amax if self._has_input_amaxes else torch.zeros_like(layer.input_amax)
                 layer.input_amax = loaded.float()
-        _finish(model, self.quantization_config)
+        refresh_global_scales(model)
+        watch_master_precision(model)
+        save_as_qat(model, self.quantization_config.save_format)
+        tags = (*TAGS, "quantization-aware-training")
+        model.add_model_tags([tag for tag in tags if tag not in (model.model_tags or ())])
+        refuse_adapters_from_now_on()
+        logger.info(coverage_of(model).summary)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict]:
@@ -126,16 +132,6 @@ def prepare_qat(model: nn.Module, config: NVFP4QATConfig | None = None) -> nn.Mo
     quantizer.preprocess_model(model)
     model.hf_quantizer = quantizer
     return quantizer.postprocess_model(model)
-
-
-def _finish(model: PreTrainedModel, config: NVFP4QATConfig) -> None:
-    """After the weights are in place: scales, saving, and a line about what is covered."""
-    refresh_global_scales(model)
-    watch_master_precision(model)
-    save_as_qat(model, config.save_format)
-    model.add_model_tags([tag for tag in (*TAGS, "quantization-aware-training") if tag not in (model.model_tags or ())])
-    refuse_adapters_from_now_on()
-    logger.info(coverage_of(model).summary)
 
 
 def _has_input_amaxes(model: PreTrainedModel, checkpoint_files: Sequence[str]) -> bool:

@@ -67,11 +67,9 @@ def load_nvfp4(path: str | os.PathLike, config: NVFP4QATConfig | None = None, **
     decoded = {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
     prepare_qat(model, config)
     _load_input_amaxes(model, reader, layers_of)
-    model.nvfp4_requantization = _requantization(model, reader, decoded, layers_of)
-    requantization = model.nvfp4_requantization
+    model.nvfp4_requantization = requantization = _requantization(model, reader, decoded, layers_of)
     is_notable = requantization.moved or requantization.not_trained or requantization.unused
-    report = logger.warning if is_notable else logger.info
-    report("%s: %s.", path, model.nvfp4_requantization)
+    logger.log(logging.WARNING if is_notable else logging.INFO, "%s: %s.", path, requantization)
     return model
 
 

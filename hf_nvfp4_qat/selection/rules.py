@@ -13,6 +13,7 @@ another modality in the middle of a language model. They stand in one table, ``l
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -100,15 +101,9 @@ def _choosing(model: nn.Module, linears: list[str], experts: list[str]) -> Itera
         owner = name.rpartition(".")[0]
         if model.get_submodule(name).out_features == num_experts.get(owner):
             yield name, ROUTER
-        for path in _paths_to(owner):
+        for path in accumulate(owner.split("."), "{}.{}".format):  # `a`, `a.b` and `a.b.c` of `a.b.c`
             if found := _CHOOSING_CLASS.search(type(model.get_submodule(path)).__name__):
                 yield name, ROUTER if found["router"] else TOKEN_SELECTOR
-
-
-def _paths_to(path: str) -> Iterator[str]:
-    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
-    parts = path.split(".")
-    return (".".join(parts[: number + 1]) for number in range(len(parts)))
 
 
 def in_mamba_1(model: nn.Module, linears: Iterable[str]) -> list[str]:
@@ -144,9 +139,7 @@ def _outside(model: nn.Module, names: list[str]) -> list[str]:
 
 def _outermost_models(module: nn.Module) -> list[PreTrainedModel]:
     """The models of Transformers in `module`, itself among them, that are in no other."""
-    if isinstance(module, PreTrainedModel):
-        return [module]
-    return [model for child in module.children() for model in _outermost_models(child)]
+    return [module] if isinstance(module, PreTrainedModel) else _models_below(module)
 
 
 def _models_below(module: nn.Module) -> list[PreTrainedModel]:
