@@ -35,6 +35,7 @@ from packaging.version import Version
 from torch import nn
 
 from hf_nvfp4_qat.formats.names import BLOCK_SCALE, GLOBAL_ENCODE_SCALE, PACKED
+from hf_nvfp4_qat.numerics.format import E4M3_MIN_NORMAL
 
 logger = logging.getLogger(__name__)
 
@@ -330,8 +331,9 @@ def register_empty_loader() -> str:
     """Register a load format for an engine that waits for its first push, and name it.
 
     vLLM's own "dummy" leaves packed codes uninitialized and draws global scales around zero: the weights decode to
-    infinities and NaN, which vLLM's warm-up samples from. Here every quantized weight is zero. It also draws what no
-    checkpoint brings, such as the scales of attention; here that keeps its default.
+    infinities and NaN, which vLLM's warm-up samples from. Here quantized weights are small, and in turn positive and
+    negative; not zero, for Gemma 3n divides by the magnitude of a product. It also draws what no checkpoint brings,
+    such as the scales of attention; here that keeps its default.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -353,9 +355,10 @@ def register_empty_loader() -> str:
                     tensor.data.copy_(default)
                 for name, parameter in model.named_parameters():
                     if name.endswith(PACKED):
-                        parameter.data.zero_()
+                        parameter.data.fill_(0x91)  # 0.5, -0.5
                     elif name.endswith((BLOCK_SCALE, GLOBAL_ENCODE_SCALE)):
-                        parameter.data.copy_(torch.ones(parameter.shape, device=parameter.device))
+                        value = E4M3_MIN_NORMAL if name.endswith(BLOCK_SCALE) else 1.0
+                        parameter.data.copy_(torch.full(parameter.shape, value, device=parameter.device))
 
         _empty_loader = register_model_loader(EMPTY_FORMAT)(EmptyModelLoader)
     return EMPTY_FORMAT
