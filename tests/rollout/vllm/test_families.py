@@ -170,9 +170,9 @@ def test_a_push_makes_the_engine_that_loads_the_saved_checkpoint(family, tmp_pat
     if ON_GPU:
         model.cuda()
     engine = empty_engine(tmp_path / "plain", model, **FEW)
-    generates = ON_GPU or family not in SILENT_ON_A_CPU
-    # vLLM's warm-up samples before the first push, and a NaN would be a token beyond the vocabulary on a GPU.
-    assert not generates or all(math.isfinite(p) for _, logprobs in generate(engine) for p in logprobs)
+    if ON_GPU or family == "gemma3n":
+        # vLLM's warm-up samples before the first push, and a NaN is a token beyond the vocabulary on a GPU.
+        assert all(math.isfinite(p) for _, logprobs in generate(engine) for p in logprobs)
     sync(engine, model)
     assert check(engine, model).ok
 
@@ -192,7 +192,7 @@ def test_a_push_makes_the_engine_that_loads_the_saved_checkpoint(family, tmp_pat
     for name, tensor in theirs.items():
         one, other = (t.detach().reshape(-1).view(torch.uint8) for t in (mine[name], tensor))
         assert torch.equal(one, other), name
-    if not generates:
+    if family in SILENT_ON_A_CPU and not ON_GPU:
         return
     tokens = generate(engine)
     assert tokens == generate(loaded)
