@@ -83,11 +83,9 @@ def _reading_global_scales(update: Any, decompress_class: type) -> Any:
             operations = getattr(conversion, "operations", None) or []
             if any(isinstance(operation, decompress_class) for operation in operations):
                 packed = [name for name in conversion.source_patterns if name.endswith(f"{PACKED}$")]
+                scales = [name.replace(PACKED, GLOBAL_ENCODE_SCALE) for name in packed]
                 conversion = WeightConverter(
-                    source_patterns=[
-                        *conversion.source_patterns,
-                        *(name.replace(PACKED, GLOBAL_ENCODE_SCALE) for name in packed),
-                    ],
+                    source_patterns=[*conversion.source_patterns, *scales],
                     target_patterns=conversion._original_target_patterns,
                     operations=operations,
                 )

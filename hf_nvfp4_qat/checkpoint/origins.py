@@ -68,8 +68,7 @@ def checkpoint_origins(model: nn.Module, weights: Mapping[str, torch.Tensor]) ->
     conversions = getattr(model, "_weight_conversions", None)
     known_shapes, known_conversions, origins = _known.get(model, ({}, None, {}))
     if known_shapes != shapes or known_conversions is not conversions:
-        dtypes = {name: tensor.dtype for name, tensor in weights.items()}
-        origins = _reversed_loading(model, shapes, dtypes)
+        origins = _reversed_loading(model, weights)
         _known[model] = (shapes, conversions, origins)
     return origins
 
@@ -91,14 +90,12 @@ def computed_tensors(
     return revert_weight_conversion(model, computed_from)  # type: ignore[arg-type]
 
 
-def _reversed_loading(
-    model: nn.Module, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]
-) -> dict[str, Part]:
+def _reversed_loading(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, Part]:
     from transformers.core_model_loading import revert_weight_conversion
 
-    stand_ins = {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
+    stand_ins = {name: torch.empty(w.shape, dtype=w.dtype, device="meta") for name, w in weights.items()}
     module_names = {id(tensor): name for name, tensor in stand_ins.items()}
-    rows = _RowNumbers({name: shape for name, shape in shapes.items() if len(shape) == 3})
+    rows = _RowNumbers({name: tuple(tensor.shape) for name, tensor in stand_ins.items() if tensor.ndim == 3})
     origins = {}
     for name, tensor in revert_weight_conversion(model, {**stand_ins, **rows.stand_ins}).items():  # type: ignore[arg-type]
         part = rows.locate(name, tensor)

@@ -145,24 +145,20 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, destinatio
     """Under DDP the first process writes and the others wait; of a model sharded by FSDP2 all gather."""
     sharded = is_sharded_model(model)
 
+    def save_and_verify() -> None:
+        save_nvfp4(model, destination)
+        if not (problems := verify_nvfp4(destination, model)).ok:
+            raise RuntimeError(f"The saved checkpoint is not the trained model: {problems}")
+
     def write(_: Iterator[Any]) -> list[Any]:
         if not sharded:
             save_and_verify()
         tokenizer.save_pretrained(destination)
         return []
 
-    def save_and_verify() -> None:
-        save_nvfp4(model, destination)
-        problems = verify_nvfp4(destination, model)
-        if not problems.ok:
-            raise RuntimeError(f"The saved checkpoint is not the trained model: {problems}")
-
     if sharded:
         save_and_verify()
-    if dist.is_initialized():
-        on_main_process(write, iter(()))
-    else:
-        write(iter(()))
+    on_main_process(write, iter(())) if dist.is_initialized() else write(iter(()))
 
 
 def _rows(tokens: torch.Tensor) -> list[dict[str, torch.Tensor]]:

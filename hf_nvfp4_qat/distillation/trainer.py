@@ -121,13 +121,9 @@ class QADTrainer(Trainer):
     def _loss(self, outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         assert self._teacher_logits is not None
         logits = outputs["logits"]
-        loss, *parts = divergence(
-            logits,
-            self._teacher_logits.to(logits.device),
-            labels.to(logits.device),
-            temperature=self.temperature,
-            cross_entropy_weight=self.cross_entropy_weight,
-        )
+        settings: Any = {"temperature": self.temperature, "cross_entropy_weight": self.cross_entropy_weight}
+        theirs = self._teacher_logits.to(logits.device)
+        loss, *parts = divergence(logits, theirs, labels.to(logits.device), **settings)
         num_tokens = (labels[:, 1:] != IGNORED).sum().to(logits.device)
         mode = "train" if self.model.training else "eval"
         sums = torch.stack([part.double() for part in (*parts, num_tokens)])
@@ -186,9 +182,7 @@ def _prepared_by_trl(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
             "Under DeepSpeed ZeRO-3 and FSDP1 TRL shards the teacher, and TRL is not installed. Run `pip install trl`, "
             "or give a `TeacherProcess`, which holds the whole teacher."
         ) from error
-    return (
-        prepare_deepspeed(teacher, accelerator) if is_deepspeed_zero3_enabled() else prepare_fsdp(teacher, accelerator)
-    )
+    return (prepare_deepspeed if is_deepspeed_zero3_enabled() else prepare_fsdp)(teacher, accelerator)
 
 
 class _ModelTeacher:

@@ -105,7 +105,8 @@ class _PackedGather:
                 "The NVFP4 gather needs QAT weights that FSDP2 shards, between steps; "
                 f"none of {len(weights)} is one.{first}"
             )
-        self._shards = {}
+        # What stays when a weight's tensor is replaced: the mesh it is sharded over, and its shape when gathered.
+        self._shards: dict[str, tuple[Any, torch.Size]] = {}
         for name, weight in self.weights.items():
             parameter = parameters[id(weight.master)]
             if parameter.offload_to_cpu:
@@ -113,11 +114,11 @@ class _PackedGather:
                     f"The NVFP4 gather does not work with CPU offloading; {name} is offloaded. Turn "
                     "`fsdp_offload_params` off, or set NVFP4_QAT_GATHER=bf16."
                 )
-            self._shards[name] = _Shard(mesh_of(weight.master), gathered_shape(parameter))
+            self._shards[name] = mesh_of(weight.master), gathered_shape(parameter)
         for name, weight in self.weights.items():
             # Tensor parallelism makes DTensors of buffers too; the scale is whole on every process.
             weight.global_decode_scale = own_part(weight.global_decode_scale)
-            _put_hooks(weight, self._shards[name].gathered_shape)
+            _put_hooks(weight, self._shards[name][1])
             forget_gathers(parameters[id(weight.master)])
             weight.is_gathered = True
         self._model = ref(model)
@@ -148,20 +149,12 @@ class _PackedGather:
     @torch.compiler.disable  # as FSDP2's own hooks are
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         for name, weight in self.weights.items():
-            tensor, shard = weight.master, self._shards[name]
+            mesh, shape = self._shards[name]
             # A weight that is whole at the moment was gathered through hooks that are in place.
-            if mesh_of(tensor) == shard.mesh and not hasattr(own_storage(tensor), "fsdp_pre_all_gather"):
-                _put_hooks(weight, shard.gathered_shape)
+            if mesh_of(weight.master) == mesh and not hasattr(own_storage(weight.master), "fsdp_pre_all_gather"):
+                _put_hooks(weight, shape)
         for scales in scales_of(self.weights.values()):
             scales.refresh_stale()
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """What stays when a weight's tensor is replaced: the mesh it is sharded over, and its shape when gathered."""
-
-    mesh: Any
-    gathered_shape: torch.Size
 
 
 def _obstacle(weight: TrainedWeight, parameters: dict[int, Any]) -> str | None:

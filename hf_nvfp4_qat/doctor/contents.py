@@ -159,12 +159,10 @@ def _check_index(contents: Contents, has_index: bool, is_whole: bool) -> None:
     unnamed = contents.file_of.keys() - contents.weight_map.keys()
     nowhere = contents.weight_map.keys() - contents.file_of.keys()
     is_whole = is_whole and not nowhere
-    for names, message in (
-        (elsewhere, "the index names another file than the one that has it"),
-        (sorted(unnamed), "in a shard, but not in the index"),
-    ):
-        for name in names:
-            contents.add("index-mismatch", name, message, fixable=is_whole)
+    for name in elsewhere:
+        contents.add("index-mismatch", name, "the index names another file than the one that has it", fixable=is_whole)
+    for name in sorted(unnamed):
+        contents.add("index-mismatch", name, "in a shard, but not in the index", fixable=is_whole)
     damaged = {finding.where for finding in contents.findings if finding.rule in ("unreadable-file", "missing-shard")}
     for name in sorted(nowhere):
         # Of a file that is damaged or missing, that was said.

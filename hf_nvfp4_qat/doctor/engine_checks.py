@@ -285,11 +285,7 @@ def check_engines(
     if is_w4a4:
         message = "inputs are NVFP4 (W4A4); GPUs before Blackwell compute with 16-bit inputs, and vLLM logs a warning"
         yield found("w4a4-on-hopper", CONFIG_FILE, message)
-    yield from _check_kernel_shapes(shapes)
-
-
-def _check_kernel_shapes(shapes: Shapes) -> Iterator[Finding]:
-    """Marlin's tiles (``marlin_padded_nk`` in vLLM): of dense layers, as they are fused."""
+    # Marlin's tiles (``marlin_padded_nk`` in vLLM): of dense layers, as they are fused.
     fused: dict[str, tuple[int, int]] = {}
     for layer, (rows, columns) in shapes.items():
         if not OF_AN_EXPERT.fullmatch(layer):

@@ -151,9 +151,7 @@ def _metadata(
         "base_model_relation": "quantized" if kept.get("base_model") else None,
         "pipeline_tag": "text-generation" if "CausalLM" in str(reader.config().get("architectures")) else None,
     }
-    for key, value in found.items():
-        if value is not None and kept.get(key) is None:
-            kept[key] = value
+    kept |= {key: value for key, value in found.items() if value is not None and kept.get(key) is None}
     had = [tag for tag in kept.get("tags") or () if tag not in _DIALECTS]
     kept["tags"] = list(dict.fromkeys([*had, *TAGS, reader.dialect, *tags]))
     if measured:

@@ -73,11 +73,7 @@ def adopt_experts(module: nn.Module, *, name: str, global_scales: GlobalScales, 
     assert isinstance(module, QATExperts)
     module.nvfp4_weights = {
         parameter: TrainedWeight(
-            module,
-            parameter,
-            scale_group=f"{name}.{parameter}",
-            global_scales=global_scales,
-            scale_rule=scale_rule,
+            module, parameter, scale_group=f"{name}.{parameter}", global_scales=global_scales, scale_rule=scale_rule
         )
         for parameter in expert_parameters(module)
     }

@@ -34,7 +34,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_nvfp4_qat.modules.weight_clock import Sight, WeightClock, held
+from hf_nvfp4_qat.modules.weight_clock import Sight, WeightClock, held, nothing
 from hf_nvfp4_qat.modules.weights import QATModule, TrainedWeight
 from hf_nvfp4_qat.numerics.group_amax import GroupAmax
 from hf_nvfp4_qat.numerics.quantize import global_decode_scale_of_amax
@@ -56,7 +56,7 @@ class _Member:
     def __init__(self, sights: list[Sight]) -> None:
         self.sights = sights
         self.refreshed = -1
-        self.scale: Any = _nothing
+        self.scale: Any = nothing
 
 
 class GlobalScales:
@@ -110,9 +110,7 @@ class GlobalScales:
 
         For sharded weights every process must call it: all of them see the same weights change.
         """
-        stale = [name for name, group in self._groups.items() if not self._is_group_fresh(group)]
-        if stale:
-            self._refresh(stale)
+        self._refresh([name for name, group in self._groups.items() if not self._is_group_fresh(group)])
 
     def refresh(self) -> None:
         """Recompute every scale from the weights as they are now."""
@@ -268,10 +266,6 @@ def scales_of(weights: Iterable[TrainedWeight]) -> list[GlobalScales]:
     return sorted(found, key=lambda scales: scales.clock.number)
 
 
-def _nothing() -> None:
-    """Stands in for a dead weak reference."""
-
-
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
     """After any optimizer's step: models in the order in which they were made, as on all processes."""
     owned = {id(tensor): tensor for group in optimizer.param_groups for tensor in group["params"]}
@@ -289,7 +283,7 @@ def _owns_strangers(optimizer: torch.optim.Optimizer, owned: dict[int, Any], clo
 
     remembered = _strangers.get(optimizer, {})
     strangers = unknown()
-    if any(remembered.get(number, _nothing)() is not owned[number] for number in strangers):
+    if any(remembered.get(number, nothing)() is not owned[number] for number in strangers):
         for clock in clocks:
             clock.learn()
         strangers = unknown()
@@ -299,14 +293,11 @@ def _owns_strangers(optimizer: torch.optim.Optimizer, owned: dict[int, Any], clo
 
 def _notice_wrapper(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
     """Remember the DDP or FSDP1 wrapper that takes in a model with W4A4: it says which processes train it together."""
-    if submodule is None or not isinstance(module, _wrapper_classes()):
+    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    wrappers = (DistributedDataParallel, *([fsdp1.FullyShardedDataParallel] if fsdp1 else []))
+    if submodule is None or not isinstance(module, wrappers):
         return
     for layer in submodule.modules():
         for weight in layer.nvfp4_weights.values() if isinstance(layer, QATModule) else ():
             if weight.input_amax is not None:
                 weight.global_scales.wrapped_by(module)
-
-
-def _wrapper_classes() -> tuple[type, ...]:
-    fsdp1 = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
-    return (DistributedDataParallel, *([fsdp1.FullyShardedDataParallel] if fsdp1 else []))

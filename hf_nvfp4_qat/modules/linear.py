@@ -56,8 +56,7 @@ class _Product(torch.autograd.Function):
         # The scale is not saved through autograd: refreshing it in place is no error while the weight stands still,
         # and if the weight moved, its own version counter raises.
         ctx.global_decode_scale = global_decode_scale
-        x = _quantized_input(x, input_scale)
-        return F.linear(x, _fake_quantized(weight, global_decode_scale, scale_rule).to(compute_dtype), bias)
+        return _product(x, weight, bias, global_decode_scale, scale_rule, input_scale, compute_dtype)
 
     @staticmethod
     @once_differentiable
@@ -73,8 +72,7 @@ class _CompiledLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, global_decode_scale, scale_rule, input_scale, compute_dtype):
         ctx.global_decode_scale, ctx.scale_rule, ctx.input_scale = global_decode_scale, scale_rule, input_scale
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        x = _quantized_input(x, input_scale)
-        return F.linear(x, _fake_quantized(weight, global_decode_scale, scale_rule).to(compute_dtype), bias)
+        return _product(x, weight, bias, global_decode_scale, scale_rule, input_scale, compute_dtype)
 
     @staticmethod
     @once_differentiable
@@ -83,8 +81,9 @@ class _CompiledLinear(torch.autograd.Function):
         return *_gradients(ctx, grad_output, x, weight, ctx.needs_input_grad[:3]), None, None, None, None
 
 
-def _fake_quantized(weight, global_decode_scale, scale_rule, after=None):
-    return fake_quantize_unchecked(weight, global_decode_scale, scale_rule=scale_rule, after=after)
+def _product(x, weight, bias, global_decode_scale, scale_rule, input_scale, compute_dtype):
+    fake_quantized = fake_quantize_unchecked(weight, global_decode_scale, scale_rule=scale_rule)
+    return F.linear(_quantized_input(x, input_scale), fake_quantized.to(compute_dtype), bias)
 
 
 def _quantized_input(x, input_scale):
@@ -96,7 +95,8 @@ def _gradients(ctx, grad_output, x, weight, needed):
     grad_x = grad_weight = grad_bias = None
     rows = grad_output.reshape(-1, grad_output.shape[-1])  # [M, N]
     if needed[0]:
-        fake_quantized = _fake_quantized(weight, ctx.global_decode_scale, ctx.scale_rule, after=grad_output)
+        scale, rule = ctx.global_decode_scale, ctx.scale_rule
+        fake_quantized = fake_quantize_unchecked(weight, scale, scale_rule=rule, after=grad_output)
         grad_x = grad_output @ fake_quantized.to(grad_output.dtype)
     if needed[1]:
         x = _quantized_input(x, ctx.input_scale)

@@ -3,10 +3,11 @@
 import inspect
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -112,10 +113,8 @@ def coverage_of(model: nn.Module) -> Coverage:
         counted.update(id(p) for p in parameters)
         # An excluded linear is reported even where its weight, being tied, is already counted.
         if parameters or name in reasons:
-            is_quantized = isinstance(module, QATModule)
-            reason = None if is_quantized else reasons.get(name, "not a linear layer")
-            kind = type(module).__name__
-            layers.append(LayerCoverage(name, kind, sum(p.numel() for p in parameters), reason))
+            reason = None if isinstance(module, QATModule) else reasons.get(name, "not a linear layer")
+            layers.append(LayerCoverage(name, type(module).__name__, sum(p.numel() for p in parameters), reason))
     return Coverage(tuple(layers))
 
 
@@ -153,8 +152,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
     for name, module in linears.items():
         parent = model.get_submodule(name.rpartition(".")[0])
         is_output_embedding = id(module.weight) in embedding_weights
-        reason = _reason_to_exclude(name, module, parent, recipe, is_output_embedding, by_rule.get(name))
-        if reason is not None:
+        if reason := _reason_to_exclude(name, module, parent, recipe, is_output_embedding, by_rule.get(name)):
             reasons[name] = reason
     selected = {name: module for name, module in linears.items() if name not in reasons}
     selected_experts = [name for name in experts if name not in reasons]
@@ -167,10 +165,11 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
     _refuse_indivisible(selected)
     _refuse_split_groups(set(selected), set(linears))
     if not selected and not selected_experts:
+        counted = ", ".join(f"{reason}: {count}" for reason, count in Counter(reasons.values()).items())
         raise ValueError(
             f"No layer is left to quantize: of {len(linears)} nn.Linear modules in {type(model).__name__}, all are "
-            f"excluded ({_counted(reasons)}). NVFP4 covers torch.nn.Linear and fused experts; check `preset` and "
-            "`exclude`."
+            f"excluded ({counted or 'there are none'}). NVFP4 covers torch.nn.Linear and fused experts; check `preset` "
+            "and `exclude`."
         )
     for name, linear in selected.items():
         check_adoptable(linear, name=name)
@@ -190,8 +189,7 @@ def swap_linears(model: nn.Module, recipe: Recipe, *, output_embedding: nn.Modul
     watch_first_forward(model)
     model.register_forward_pre_hook(RefreshInEvaluation(global_scales))
     # Plain data, so that deepcopy and pickle carry it along.
-    excluded: Any = {**bare_routers(model), **reasons}
-    model.nvfp4_excluded = excluded
+    model.nvfp4_excluded = cast(Any, {**bare_routers(model), **reasons})
     return coverage_of(model)
 
 
@@ -317,8 +315,7 @@ def _refuse_experts(model: nn.Module, experts: list[str]) -> None:
 
 def _refuse_idle_patterns(model: nn.Module, exclude: tuple[str, ...]) -> None:
     names = [name for name, _ in model.named_modules()]
-    idle = [pattern for pattern in exclude if not any(excludes(pattern, name) for name in names)]
-    if idle:
+    if idle := [pattern for pattern in exclude if not any(excludes(pattern, name) for name in names)]:
         raise ValueError(
             f"Every `exclude` pattern must name a module; {idle} name none of {type(model).__name__}. A pattern is an "
             "exact path, the last components of a path, or 're:' and a regular expression for the whole path."
@@ -358,8 +355,3 @@ def _refuse_split_groups(selected: set[str], linears: set[str]) -> None:
             f"vLLM fuses {', '.join(quantized + excluded)} into one matrix, so all or none of them are quantized; "
             f"{', '.join(excluded)} is excluded. Exclude the others too, or none."
         )
-
-
-def _counted(reasons: dict[str, str]) -> str:
-    counts = {reason: list(reasons.values()).count(reason) for reason in dict.fromkeys(reasons.values())}
-    return ", ".join(f"{reason}: {count}" for reason, count in counts.items()) or "there are none"

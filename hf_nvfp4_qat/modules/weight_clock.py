@@ -51,7 +51,7 @@ class Sight:
     __slots__ = ("tensor", "stamp", "own_stamp", "changed")
 
     def __init__(self) -> None:
-        self.tensor: Any = _nothing
+        self.tensor: Any = nothing
         self.stamp: Any = None
         self.own_stamp: Any = None
         self.changed = 0
@@ -78,9 +78,9 @@ class WeightClock:
         """
         self.number = next(_numbers)
         self.epoch = 0
-        self._root: Any = _nothing if root is None else ref(root)
+        self._root: Any = nothing if root is None else ref(root)
         self._sights: WeakKeyDictionary[nn.Module, dict[str, Sight]] = WeakKeyDictionary()
-        self._optimizer: Any = _nothing
+        self._optimizer: Any = nothing
         # Unsharded weights may have changed then without a trace.
         self._traceless = 0
         self._parameters: dict[int, ref] = {}
@@ -162,7 +162,7 @@ class WeightClock:
 
     def known(self, tensors: Mapping[int, Any]) -> set[int]:
         """The ids of those tensors that are parameters of the model, as far as it was walked by ``learn``."""
-        return {number for number, tensor in tensors.items() if self._parameters.get(number, _nothing)() is tensor}
+        return {number for number, tensor in tensors.items() if self._parameters.get(number, nothing)() is tensor}
 
     def learn(self) -> None:
         """Walk the model, to know its parameters."""
@@ -209,5 +209,5 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, tensor
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Stands in for a dead weak reference."""

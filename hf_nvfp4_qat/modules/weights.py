@@ -10,7 +10,7 @@ objects and never ask which kind of module a weight is in.
 
 from collections import ChainMap
 from collections.abc import Callable
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, cast
 from weakref import ref
 
 import torch
@@ -22,14 +22,6 @@ from hf_nvfp4_qat.numerics.quantize import fake_quantize_unchecked
 from hf_nvfp4_qat.sharding.parts import own_experts, own_part
 
 
-class KeepsScales(Protocol):
-    """What a weight needs of the scale groups of its model, which ``GlobalScales`` are."""
-
-    def add(self, weight: "TrainedWeight") -> None: ...  # noqa: D102
-
-    def refresh_if_stale(self, weight: "TrainedWeight") -> None: ...  # noqa: D102
-
-
 class TrainedWeight:
     """One weight that trains in NVFP4.
 
@@ -38,19 +30,17 @@ class TrainedWeight:
     Attributes:
         name: the master's name in its module.
         scale_group: key of its group in `global_scales`; the members of one share their scales.
-        global_scales: keeps `global_decode_scale` fresh.
+        global_scales: the ``GlobalScales`` of the model, which keep `global_decode_scale` fresh.
         scale_rule: how block scales are chosen.
         is_gathered: whether FSDP2 hands the fake-quantized values to forward in the master's place.
         is_quantized: whether forward quantizes the master. False computes with the master itself, to compare.
     """
 
-    def __init__(
-        self, module: nn.Module, name: str, *, scale_group: str, global_scales: KeepsScales, scale_rule: str
-    ) -> None:
+    def __init__(self, module: nn.Module, name: str, *, scale_group: str, global_scales: Any, scale_rule: str) -> None:
         self.bind(module)
         self.name = name
         self.scale_group = scale_group
-        self.global_scales: Any = global_scales
+        self.global_scales = global_scales
         self.scale_rule = scale_rule
         self.is_gathered = False
         self.is_quantized = True

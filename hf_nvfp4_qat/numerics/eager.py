@@ -95,8 +95,7 @@ def _chunks(blocks: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.T
     scratch = torch.empty(2, min(size, blocks.shape[0]), BLOCK_SIZE, device=blocks.device)
     for start in range(0, blocks.shape[0], size):
         chunk = slice(start, min(start + size, blocks.shape[0]))
-        scaled, spare = scratch[:, : chunk.stop - chunk.start]
-        yield chunk, scaled, spare
+        yield chunk, *scratch[:, : chunk.stop - chunk.start]
 
 
 def fake_quantize(blocks: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str = "amax") -> torch.Tensor:
@@ -122,12 +121,7 @@ def fake_quantize(blocks: torch.Tensor, global_decode_scale: torch.Tensor, scale
 def quantize(
     blocks: torch.Tensor, global_decode_scale: torch.Tensor, scale_rule: str = "amax"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize to packed codes and block scales.
-
-    Args:
-        blocks: bfloat16 ``[B, 16]``, contiguous.
-        global_decode_scale: float32 ``[]``, a power of two.
-        scale_rule: how block scales are chosen.
+    """Quantize to packed codes and block scales; arguments as for ``fake_quantize``.
 
     Returns:
         packed: uint8 ``[B, 8]``, the even column in the low nibble.

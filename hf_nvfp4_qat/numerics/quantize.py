@@ -224,8 +224,7 @@ def _checked(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     check_weight(weight)
     check_scale_rule(scale_rule)
-    num_bad = int((~weight.to(torch.bfloat16).isfinite()).sum())
-    if num_bad:
+    if num_bad := int((~weight.to(torch.bfloat16).isfinite()).sum()):
         raise ValueError(
             f"NVFP4 has no infinity and no NaN; the weight holds {num_bad} such values (after rounding to "
             f"bfloat16) among {weight.numel()}. Training has probably diverged: go back to an earlier checkpoint."
@@ -267,9 +266,8 @@ def _quantize(
         packed = torch.empty(0, dtype=torch.uint8, device=weight.device)
         block_scale = torch.empty(0, dtype=torch.float8_e4m3fn, device=weight.device)
     elif impl == "triton":
-        packed, block_scale = _triton_kernels().quantize(
-            _readable(weight), global_decode_scale.contiguous(), scale_rule
-        )
+        scale = global_decode_scale.contiguous()
+        packed, block_scale = _triton_kernels().quantize(_readable(weight), scale, scale_rule)
     else:
         matrices = _matrices(weight, global_decode_scale)
         parts = [_ROWS[impl].quantize(blocks, scale, scale_rule) for blocks, scale in matrices]

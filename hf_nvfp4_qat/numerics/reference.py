@@ -77,10 +77,8 @@ def squared_error(blocks: torch.Tensor, block_scale: torch.Tensor, global_decode
     The differences and their squares are exact in fp32; neighbours are added in pairs, pairs of pairs and so on, so
     that the sum is the same in every implementation.
     """
-    difference = blocks.float() / global_decode_scale - _e2m1(blocks, block_scale, global_decode_scale) * (
-        block_scale.float()
-    )
-    error = difference.square()
+    values = _e2m1(blocks, block_scale, global_decode_scale) * block_scale.float()
+    error = (blocks.float() / global_decode_scale - values).square()
     while error.shape[-1] > 1:
         error = error[:, 0::2] + error[:, 1::2]
     return error
