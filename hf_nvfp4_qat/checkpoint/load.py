@@ -169,13 +169,14 @@ def check_holds_no_codes(reader: CheckpointReader) -> None:
 
 
 def codes_of_other_formats(reader: CheckpointReader) -> list[str]:
-    """Weights, and other matrices, of numbers that no unquantized layer has."""
+    """Weights, and other matrices, of numbers that no unquantized layer has; masks ``[1, 1, T, T]`` are no codes."""
     packed = packed_tensors(quantized_layers(reader.names))
     layouts = {name: reader.layout(name) for name in reader.names if name not in packed}
     return [
         name
         for name, (dtype, shape) in layouts.items()
-        if dtype not in FLOATING and (name.endswith(".weight") or (len(shape) > 1 and dtype not in ("I64", "BOOL")))
+        if dtype not in FLOATING
+        and (name.endswith(".weight") or (len(shape) in (2, 3) and dtype not in ("I64", "BOOL")))
     ]
 
 

@@ -222,6 +222,7 @@ def test_masks_and_tables_of_whole_numbers_are_no_codes(tmp_path):
     stored = load_file(tmp_path / "packed" / "model.safetensors")
     assert sum(name.endswith(".weight_packed") for name in stored) == 14
     assert all(torch.equal(stored[name], table) for name, table in tables.items())
+    assert len(qat_modules(load_nvfp4(tmp_path / "packed"))) == 14
 
 
 def test_weights_that_a_class_leaves_out_are_named_once(tmp_path, caplog):
