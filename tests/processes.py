@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
@@ -57,7 +58,8 @@ class Group:
         if not self._processes:
             self._start()
         for calls in self._calls:
-            calls.send_bytes(pickle.dumps(function))
+            # By value where a module was imported again since: a parameter of a test is of the first import.
+            calls.send_bytes(cloudpickle.dumps(function))
         results: dict[int, Any] = {}
         while len(results) < self.num_processes:
             for calls in wait([calls for rank, calls in enumerate(self._calls) if rank not in results]):

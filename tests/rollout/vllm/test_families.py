@@ -54,8 +54,6 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     # e_score_correction_bias, which router and experts share
     "glm4_moe": ("glm4_moe", {**EXPERTS, **GROUPS, "n_routed_experts": 4, "first_k_dense_replace": 1}),
     "ernie4_5_moe": ("ernie4_5_moe", {**EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}),
-    # the same as a buffer, by way of Transformers' own model
-    "solar_open": ("solar_open", {**EXPERTS, **GROUPS, "n_routed_experts": 4}),
     # the same, and attention that derives tensors from loaded weights
     "deepseek_v3": (
         "deepseek_v3",
